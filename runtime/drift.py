@@ -1,0 +1,166 @@
+"""Compare two streams of outputs: (reference, candidate) batches -> Drift. docs/drift.md says when each number misleads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import PacklightError
+
+Array = NDArray[Any]
+BLOCK = 1 << 20  # elements turned to float64 at a time: 8 MB an array, whatever the size of the outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputDrift:
+    """How far one output is from its reference, over all batches. SNR in dB; max_abs and mean_abs in the output's own unit."""
+
+    name: str
+    snr_db: float
+    cosine: float
+    max_abs: float
+    mean_abs: float
+    same_top1: float | None
+    elements: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """The drift of every output, in the reference's order."""
+
+    outputs: tuple[OutputDrift, ...]
+    batches: int
+
+    @property
+    def worst_snr_db(self) -> float:
+        """The smallest SNR of all outputs, dB; inf when there is no output."""
+        return min((output.snr_db for output in self.outputs), default=math.inf)
+
+
+def measure(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) -> Drift:
+    """Drift of candidate outputs against their reference, accumulated over all batches in float64.
+
+    With r the reference, c the candidate and e = r - c over all elements of all batches:
+
+        snr_db    = 20 log10(‖r‖ / ‖e‖)         inf when e = 0; -inf when r = 0 and e != 0
+        cosine    = r·c / (‖r‖ ‖c‖)             1 when both are 0, 0 when one is
+        max_abs   = max |e|, mean_abs = mean |e|
+        same_top1 = share of rows with argmax r = argmax c; only for float outputs [rows, columns >= 2], else None
+
+    Where both hold the same infinity or both NaN, the element agrees and counts as 0. Where only one is finite, snr_db is
+    -inf, cosine 0, max_abs and mean_abs inf: a candidate with NaN is as bad as can be, and never unmeasurable.
+
+    Args:
+        pairs: (reference, candidate) per batch, each {output: array} with the same names and shapes; any numeric or
+            boolean dtype, any shape. The names of the first batch hold for all.
+
+    Raises:
+        PacklightError: no batch, or names or shapes that differ.
+
+    Source: SNR as ONNX Runtime's qdq_loss_debug.compute_signal_to_quantization_noice_ratio computes it.
+    """
+    sums: dict[str, _Sums] = {}
+    batches = 0
+    for batches, (reference, candidate) in enumerate(pairs, start=1):
+        if batches == 1:
+            sums = {name: _Sums() for name in reference}
+        for side in (reference, candidate):
+            if side.keys() != sums.keys():
+                raise PacklightError(f"batch {batches - 1}", found=_names(side), expected=f"outputs {_names(sums)}")
+        for name, total in sums.items():
+            r, c = np.asarray(reference[name]), np.asarray(candidate[name])
+            if r.shape != c.shape:
+                where = f"batch {batches - 1}, output {name}"
+                raise PacklightError(
+                    where, found=f"shape {list(c.shape)}", expected=f"{list(r.shape)} of the reference"
+                )
+            with np.errstate(invalid="ignore", over="ignore"):  # inf is how a disagreement in kind is counted
+                total.add(r, c)
+    if not batches:
+        raise PacklightError("drift of no batches", do="give at least one (reference, candidate) pair")
+    return Drift(outputs=tuple(total.result(name) for name, total in sums.items()), batches=batches)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What one output needs to remember of the batches it has seen."""
+
+    rr: float = 0.0
+    cc: float = 0.0
+    rc: float = 0.0
+    ee: float = 0.0
+    abs_sum: float = 0.0
+    abs_max: float = 0.0
+    elements: int = 0
+    rows: int = 0
+    same_rows: int = 0
+    class_like: bool = True
+
+    def add(self, reference: Array, candidate: Array) -> None:
+        for r, c in _blocks(reference, candidate):
+            e = np.abs(r - c)
+            self.rr += float(r @ r)
+            self.cc += float(c @ c)
+            self.rc += float(r @ c)
+            self.ee += float(e @ e)
+            self.abs_sum += float(e.sum())
+            self.abs_max = max(self.abs_max, float(e.max()))
+            self.elements += e.size
+        self.class_like &= _class_like(reference)
+        if self.class_like and reference.size:
+            self.rows += reference.shape[0]
+            self.same_rows += int((reference.argmax(axis=1) == candidate.argmax(axis=1)).sum())
+
+    def result(self, name: str) -> OutputDrift:
+        return OutputDrift(
+            name=name,
+            snr_db=_snr_db(self.rr, self.ee),
+            cosine=_cosine(self.rr, self.cc, self.rc),
+            max_abs=self.abs_max,
+            mean_abs=self.abs_sum / self.elements if self.elements else 0.0,
+            same_top1=self.same_rows / self.rows if self.class_like and self.rows else None,
+            elements=self.elements,
+        )
+
+
+def _blocks(reference: Array, candidate: Array) -> Iterator[tuple[Array, Array]]:
+    """Both arrays as float64 vectors, block by block, with agreeing non-finite elements as 0 and disagreeing ones as inf, 0."""
+    r_flat, c_flat = reference.reshape(-1), candidate.reshape(-1)
+    for start in range(0, r_flat.size, BLOCK):
+        r = r_flat[start : start + BLOCK].astype(np.float64)
+        c = c_flat[start : start + BLOCK].astype(np.float64)
+        if not (np.isfinite(r).all() and np.isfinite(c).all()):
+            agree = (r == c) | (np.isnan(r) & np.isnan(c))
+            finite = np.isfinite(r) & np.isfinite(c)
+            r = np.where(finite, r, 0.0)
+            c = np.where(finite, c, np.where(agree, 0.0, np.inf))
+        yield r, c
+
+
+def _class_like(array: Array) -> bool:
+    return array.ndim == 2 and array.shape[1] >= 2 and np.issubdtype(array.dtype, np.floating)
+
+
+def _snr_db(rr: float, ee: float) -> float:
+    if ee == 0.0:
+        return math.inf
+    if rr == 0.0 or math.isinf(ee):
+        return -math.inf
+    return 10.0 * (math.log10(rr) - math.log10(ee))
+
+
+def _cosine(rr: float, cc: float, rc: float) -> float:
+    if rr == 0.0 and cc == 0.0:
+        return 1.0
+    if rr == 0.0 or cc == 0.0 or math.isinf(cc):
+        return 0.0
+    return max(-1.0, min(1.0, rc / (math.sqrt(rr) * math.sqrt(cc))))
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

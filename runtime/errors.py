@@ -1,0 +1,54 @@
+"""Everything packlight raises on purpose: one tree, each error one line and the fields it was made of.
+
+PacklightError
+├─ BundleError      a bundle is missing, damaged, not to be trusted, or newer than this runtime
+├─ InputError       an input has the wrong name, dtype or shape
+├─ DriftExceeded    the budget is not met
+└─ RecipeError, TraceError, CalibrationError, QuantizeError     the exporter's, in exporter/errors.py
+
+    try:
+        runtime.check(runtime.load("build/lite0")).require()
+    except runtime.DriftExceeded as error:
+        print(error.verdict.to_json())
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.gate import Verdict
+
+
+class PacklightError(Exception):
+    """One line: `what: found ..., expected ...; do`, leaving out what was not given."""
+
+    def __init__(self, what: str, *, found: str = "", expected: str = "", do: str = "") -> None:
+        self.what, self.found, self.expected, self.do = what, found, expected, do
+        sides = ", ".join(part for part in (found and f"found {found}", expected and f"expected {expected}") if part)
+        line = f"{what}: {sides}" if sides else what
+        super().__init__(" ".join((f"{line}; {do}" if do else line).split()))
+
+
+class BundleError(PacklightError):
+    """A bundle is missing, damaged, not to be trusted, or newer than this runtime."""
+
+    def __init__(self, what: str, *, path: str = "", found: str = "", expected: str = "", do: str = "") -> None:
+        super().__init__(what, found=found, expected=expected, do=do)
+        self.path = path
+
+
+class InputError(PacklightError):
+    """An input has the wrong name, dtype or shape; `name` is the input's."""
+
+    def __init__(self, what: str, *, name: str = "", found: str = "", expected: str = "", do: str = "") -> None:
+        super().__init__(what, found=found, expected=expected, do=do)
+        self.name = name
+
+
+class DriftExceeded(PacklightError):
+    """The budget is not met; `verdict` holds every number."""
+
+    def __init__(self, what: str, *, verdict: Verdict, found: str = "", expected: str = "", do: str = "") -> None:
+        super().__init__(what, found=found, expected=expected, do=do)
+        self.verdict = verdict

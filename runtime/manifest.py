@@ -1,0 +1,309 @@
+"""The bundle's format: what a manifest says, read strictly and written as canonical JSON; the vocabulary both packages share.
+
+A bundle is a flat folder. manifest.json is trusted first, names every other file with size and SHA-256, and is itself not
+listed. Every listed file must be there, except model.fp32.onnx, the one file that may be left off a device.
+docs/format.md is the normative text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn, TypeGuard, TypeVar, cast
+
+from runtime.errors import BundleError
+
+FORMAT = 1
+MANIFEST, INT8, FP32, PROBE = "manifest.json", "model.int8.onnx", "model.fp32.onnx", "probe.npz"
+OPTIONAL = frozenset({FP32})
+
+# The tensor types that both numpy and ONNX have.
+DTYPES = frozenset(
+    {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"}
+)
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")  # no folder, not hidden, the same on every file system
+HEX = re.compile(r"[0-9a-f]{64}")
+PATH_ENTRY = re.compile(r"path|file|folder|director|library", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """One file of the bundle as it was written."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """An input or output: `dtype` is numpy's name; in `shape` an int is fixed, a str is a named dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The limits asked for; None is no limit, and a limit holds for every output. Units as in docs/drift.md; shares in 0..1."""
+
+    min_snr_db: float | None = None
+    min_cosine: float | None = None
+    max_abs: float | None = None
+    min_same_top1: float | None = None
+    min_integer_macs: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What was made: `files` are all but manifest.json, `session` the ONNX Runtime config entries the target wants."""
+
+    format: int = FORMAT
+    name: str
+    target: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    files: Mapping[str, File]
+    session: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    budget: Budget = field(default_factory=Budget)
+    versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def digest(path: Path) -> File:
+    """Size and SHA-256 of a file, read in blocks."""
+    seen, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            seen.update(block)
+            size += len(block)
+    return File(sha256=seen.hexdigest(), size_bytes=size)
+
+
+def canonical(value: object) -> str:
+    """Canonical JSON of any of packlight's values: sorted keys, indent 1, UTF-8 as is, one newline at the end.
+
+    Strict JSON has no infinity, so ±inf are the strings "inf" and "-inf", which Python's float() reads back.
+
+    Raises:
+        ValueError: NaN anywhere; no value of ours may hold one.
+    """
+    return json.dumps(_plain(value), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def dumps(manifest: Manifest) -> str:
+    """The bytes of manifest.json, as text. loads(dumps(m)) == m, and equal manifests give equal text."""
+    return canonical(manifest)
+
+
+def loads(text: str, where: str) -> Manifest:
+    """Read a manifest, refusing whatever docs/format.md does not allow.
+
+    Args:
+        text: the content of manifest.json.
+        where: the file's name, for messages.
+
+    Raises:
+        BundleError: not strict JSON, a format newer than FORMAT, an unknown or missing key, a wrong type or value; the
+            message names the place, as in `manifest.json:inputs[0].dtype`.
+    """
+    try:
+        root = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{where}: not strict JSON", path=where, found=str(error)[:120], do="export the bundle again"
+        ) from error
+    return _manifest(root, _Place(where))
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return found
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the manifest a reader stands: `file:inputs[0].dtype`."""
+
+    file: str
+    path: str = ""
+
+    def key(self, name: str) -> _Place:
+        return _Place(self.file, f"{self.path}.{name}" if self.path else name)
+
+    def index(self, number: int) -> _Place:
+        return _Place(self.file, f"{self.path}[{number}]")
+
+    def refuse(self, *, found: str, expected: str, do: str = "") -> NoReturn:
+        where = f"{self.file}:{self.path}" if self.path else self.file
+        raise BundleError(where, path=self.file, found=found[:120], expected=expected, do=do)
+
+
+T = TypeVar("T")
+
+
+def _manifest(value: object, at: _Place) -> Manifest:
+    if isinstance(value, dict) and _is_int(value.get("format")) and value["format"] > FORMAT:
+        at.key("format").refuse(
+            found=str(value["format"]),
+            expected=f"{FORMAT} or less",
+            do="made by a newer packlight; upgrade packlight on this machine",
+        )
+    table = _table(value, at, Manifest)
+    return Manifest(
+        format=_format(table["format"], at.key("format")),
+        name=_text(table["name"], at.key("name")),
+        target=_text(table["target"], at.key("target")),
+        inputs=_tensors(table["inputs"], at.key("inputs")),
+        outputs=_tensors(table["outputs"], at.key("outputs")),
+        files=_files(table["files"], at.key("files")),
+        session=_session(table["session"], at.key("session")),
+        budget=_budget(table["budget"], at.key("budget")),
+        versions=_mapping(table["versions"], at.key("versions"), _text),
+    )
+
+
+def _table(value: object, at: _Place, kind: type) -> dict[str, object]:
+    """The value as an object with exactly the keys of dataclass `kind`."""
+    if not isinstance(value, dict):
+        at.refuse(found=_kind(value), expected="an object")
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in value:
+        if key not in names:
+            at.key(key).refuse(found="an unknown key", expected=f"one of {', '.join(names)}")
+    for name in names:
+        if name not in value:
+            at.key(name).refuse(found="nothing", expected="this key")
+    return cast("dict[str, object]", value)
+
+
+def _mapping(value: object, at: _Place, read: Callable[[object, _Place], T]) -> Mapping[str, T]:
+    if not isinstance(value, dict):
+        at.refuse(found=_kind(value), expected="an object")
+    return MappingProxyType({key: read(each, at.key(key)) for key, each in value.items()})
+
+
+def _format(value: object, at: _Place) -> int:
+    if not _is_int(value) or value != FORMAT:
+        at.refuse(found=str(value), expected=str(FORMAT))
+    return FORMAT
+
+
+def _text(value: object, at: _Place) -> str:
+    if not isinstance(value, str) or not value:
+        at.refuse(found=_kind(value), expected="a string that is not empty")
+    return value
+
+
+def _tensors(value: object, at: _Place) -> tuple[Tensor, ...]:
+    if not isinstance(value, list) or not value:
+        at.refuse(found=_kind(value), expected="a list that is not empty")
+    tensors = tuple(_tensor(each, at.index(number)) for number, each in enumerate(value))
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        at.refuse(found="two tensors of one name", expected="each name once")
+    return tensors
+
+
+def _tensor(value: object, at: _Place) -> Tensor:
+    table = _table(value, at, Tensor)
+    if (dtype := _text(table["dtype"], at.key("dtype"))) not in DTYPES:
+        at.key("dtype").refuse(found=dtype, expected=f"one of {', '.join(sorted(DTYPES))}")
+    if not isinstance(sizes := table["shape"], list):
+        at.key("shape").refuse(found=_kind(sizes), expected="a list")
+    shape = tuple(_dimension(size, at.key("shape").index(axis)) for axis, size in enumerate(sizes))
+    return Tensor(name=_text(table["name"], at.key("name")), dtype=dtype, shape=shape)
+
+
+def _dimension(value: object, at: _Place) -> int | str:
+    if (_is_int(value) and value >= 0) or (isinstance(value, str) and value):
+        return value
+    at.refuse(found=json.dumps(value)[:40], expected="a size >= 0 or a dimension's name")
+
+
+def _files(value: object, at: _Place) -> Mapping[str, File]:
+    files = _mapping(value, at, _file)
+    for name in files:
+        if not PLAIN_NAME.fullmatch(name) or name == MANIFEST or ".." in name:
+            at.key(name).refuse(
+                found="a name that is not allowed", expected="a plain file name in the bundle's own folder"
+            )
+    for name in (INT8, PROBE):
+        if name not in files:
+            at.key(name).refuse(found="nothing", expected="this file")
+    return files
+
+
+def _file(value: object, at: _Place) -> File:
+    table = _table(value, at, File)
+    sha256, size = table["sha256"], table["size_bytes"]
+    if not isinstance(sha256, str) or not HEX.fullmatch(sha256):
+        at.key("sha256").refuse(found=_kind(sha256), expected="64 lower-case hexadecimal digits")
+    if not _is_int(size) or size < 0:
+        at.key("size_bytes").refuse(found=_kind(size), expected="an integer >= 0")
+    return File(sha256=sha256, size_bytes=size)
+
+
+def _session(value: object, at: _Place) -> Mapping[str, str]:
+    entries = _mapping(value, at, _text)
+    for key in entries:
+        if PATH_ENTRY.search(key):
+            at.key(key).refuse(found="an entry that names a file", expected="entries that stay inside the session")
+    return entries
+
+
+def _budget(value: object, at: _Place) -> Budget:
+    table = _table(value, at, Budget)
+    limits = {name: _limit(limit, at.key(name)) for name, limit in table.items()}
+    for name in ("min_same_top1", "min_integer_macs"):
+        if (share := limits[name]) is not None and not 0 <= share <= 1:
+            at.key(name).refuse(found=str(share), expected="a share in 0..1")
+    return Budget(**limits)
+
+
+def _limit(value: object, at: _Place) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    at.refuse(found=_kind(value), expected="a finite number or null")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kind(value: object) -> str:
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+    }
+    name = kinds.get(type(value), "null")
+    return f"an empty {name.split()[-1]}" if value in ("", [], {}) else name

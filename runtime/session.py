@@ -1,0 +1,67 @@
+"""The one place that makes an InferenceSession: graph level ALL, log only errors, the CPU provider, and the target's entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_native
+
+from runtime.errors import BundleError, PacklightError
+
+PROVIDERS = ("CPUExecutionProvider",)
+NO_ENTRIES: Mapping[str, str] = MappingProxyType({})
+# ONNX Runtime's errors share no base but Exception; RuntimeError is what its settings raise.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *(each for each in vars(ort_native).values() if isinstance(each, type) and issubclass(each, Exception)),
+)
+ERRORS_ONLY = 3  # ONNX Runtime's severity: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal
+
+
+def open_session(
+    model: Path | bytes,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+    entries: Mapping[str, str] = NO_ENTRIES,
+    profile: Path | None = None,
+) -> ort.InferenceSession:
+    """Open a model in ONNX Runtime with every optimization.
+
+    Args:
+        model: an ONNX file, or its bytes.
+        threads: of one operator; None is ONNX Runtime's choice (one a physical core).
+        providers: execution providers, first choice first; None is the CPU alone.
+        entries: session config entries, passed on as they are, also those this module has never heard of.
+        profile: profile every run; the prefix of the JSON file that `end_profiling()` writes and names.
+
+    Raises:
+        PacklightError: threads < 1, or a provider this build of ONNX Runtime does not have.
+        BundleError: ONNX Runtime refuses the model; its own words, shortened.
+    """
+    if threads is not None and threads < 1:
+        raise PacklightError("threads", found=str(threads), expected="1 or more")
+    wanted, known = list(providers or PROVIDERS), ort.get_available_providers()
+    for provider in wanted:
+        if provider not in known:
+            raise PacklightError("provider", found=provider, expected=f"one of {', '.join(known)}")
+    settings = ort.SessionOptions()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
+    path = "" if isinstance(model, bytes) else str(model)
+    try:
+        for key, value in entries.items():
+            settings.add_session_config_entry(key, value)
+        return ort.InferenceSession(model if isinstance(model, bytes) else path, settings, providers=wanted)
+    except ORT_ERRORS as error:
+        raise BundleError(
+            f"{path or 'model'}: ONNX Runtime {ort.__version__} cannot open it", path=path, found=str(error)[:300]
+        ) from error
