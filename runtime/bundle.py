@@ -70,7 +70,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, providers: Se
 class Bundle:
     """A verified bundle with its int8 model open. Arrays in, arrays out."""
 
-    __slots__ = ("_inputs", "_outputs", "_session", "manifest", "path", "threads")
+    __slots__ = ("_inputs", "_outputs", "_session", "manifest", "path", "providers", "threads")
 
     def __init__(
         self, path: Path, manifest: Manifest, threads: int | None = None, providers: Sequence[str] | None = None
@@ -78,6 +78,7 @@ class Bundle:
         self.path, self.manifest, self.threads = path, manifest, threads
         model = path / manifests.INT8
         self._session = open_session(model, threads=threads, providers=providers, entries=manifest.session)
+        self.providers = tuple(self._session.get_providers())
         _agree(model, "input", self._session.get_inputs(), manifest.inputs)
         _agree(model, "output", self._session.get_outputs(), manifest.outputs)
         self._inputs = [(tensor.name, np.dtype(tensor.dtype), tensor) for tensor in manifest.inputs]

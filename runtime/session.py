@@ -13,9 +13,10 @@ from runtime.errors import BundleError, PacklightError
 
 PROVIDERS = ("CPUExecutionProvider",)
 NO_ENTRIES: Mapping[str, str] = MappingProxyType({})
-# ONNX Runtime's errors share no base but Exception; RuntimeError is what its settings raise.
+# ONNX Runtime's errors share no base but Exception; its settings raise RuntimeError, its Python layer ValueError.
 ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
+    ValueError,
     *(each for each in vars(ort_native).values() if isinstance(each, type) and issubclass(each, Exception)),
 )
 ERRORS_ONLY = 3  # ONNX Runtime's severity: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal

@@ -1,0 +1,255 @@
+"""Which kernel ran each node, in which types, how long and over how many multiply-adds: model + inputs -> Kernels.
+
+What counts as integer is the kernel that ONNX Runtime's profiler says it ran, not the Q/DQ nodes in the file.
+
+Two sessions are profiled. The real one tells kernel and time. It cannot tell all shapes: a weight that was prepacked is no
+longer among a node's inputs, and an NCHWc kernel (float Conv on x86) sees channels padded to its block. So a second
+session, without prepacking and without NCHWc, tells types, shapes and the model's own node names; the two meet by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from numpy.typing import NDArray
+
+from runtime import manifest as manifests
+from runtime.bundle import Bundle
+from runtime.errors import PacklightError
+from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+# Kernel -> position of its weight among the inputs the profiler lists (it leaves out what an optional input lacks).
+CONV = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvInteger": 1, "QLinearConv": 3}
+MATMUL = {
+    **{name: 1 for name in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "TransposeMatMul")},
+    **{name: 1 for name in ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")},
+    **{name: 3 for name in ("QLinearMatMul", "QGemm")},
+}
+RECURRENT = {"LSTM": 1, "GRU": 1, "RNN": 1, "DynamicQuantizeLSTM": 1}
+ATTENTION = {"Attention": 1, "QAttention": 1}
+OTHER = {"ConvTranspose": 1, "MatMulNBits": 1}
+WEIGHT = {**CONV, **MATMUL, **RECURRENT, **ATTENTION, **OTHER}
+INTEGER = frozenset(
+    {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
+    | {"QGemm", "QAttention"}
+)  # and every QLinear*
+SHORT = {"float": "f32", "double": "f64", "float16": "f16", "bfloat16": "bf16", "bool": "bool"} | {
+    f"{sign}int{bits}": f"{'u' if sign else 's'}{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)
+}
+NCHWC, EVENT = "_nchwc", "_kernel_time"
+LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One node as it ran: `types` of activation and weight ("u8s8") or of the first input; ms of one run, 1 MAC = 1 multiply-add."""
+
+    node: str
+    kernel: str
+    types: str
+    ms: float
+    macs: int
+    integer: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """Every node of a model as it ran, in order of execution."""
+
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one run."""
+        return sum(kernel.macs for kernel in self.kernels)
+
+    @property
+    def integer_macs(self) -> float:
+        """Share, 0..1, of the multiply-adds that ran in integer kernels; 0.0 when there are none."""
+        return sum(kernel.macs for kernel in self.kernels if kernel.integer) / (self.macs or 1)
+
+    @property
+    def ms(self) -> float:
+        """Sum of the nodes' median milliseconds: a little less than one run, which has gaps between nodes."""
+        return math.fsum(kernel.ms for kernel in self.kernels)
+
+
+def kernels(bundle: Bundle, inputs: Mapping[str, Array] | None = None) -> Kernels:
+    """The kernels of a bundle's int8 model on `inputs`, by default the probe's first batch."""
+    feed = bundle.probes()[0].inputs if inputs is None else inputs
+    bundle.run(feed)  # names, dtypes and shapes are refused here, in words
+    return trace(bundle.path / manifests.INT8, feed, threads=bundle.threads or 1, entries=bundle.manifest.session)
+
+
+def trace(
+    model: Path,
+    inputs: Mapping[str, Array],
+    *,
+    threads: int = 1,
+    entries: Mapping[str, str] = NO_ENTRIES,
+    runs: int = 10,
+) -> Kernels:
+    """Profile any ONNX file on one batch, on the CPU.
+
+    Multiply-adds of a node, from the shapes it saw (out: elements of its first output; W: weight):
+
+        Conv          out * prod(W[1:])                 grouped, too, for W is [M, C/group, kernel...]
+        ConvTranspose in * prod(W[1:])                  W is [C, M/group, kernel...]
+        MatMul, Gemm  out * K
+        LSTM, GRU,... steps * batch * prod(W) + steps * batch * prod(R)     W, R over directions, gates, hidden
+        Attention     tokens * prod(W) + 2 * batch * queries * keys * hidden
+        all others    0: they move or combine elements
+
+    Args:
+        model: an ONNX file.
+        inputs: {name: array}.
+        threads: of one operator.
+        entries: session config entries, as the target wants them.
+        runs: how many profiled runs the medians are over, after one run that is not counted.
+
+    Raises:
+        BundleError: ONNX Runtime cannot open the model.
+        PacklightError: it cannot run it on these inputs.
+    """
+    real = _profile(model, inputs, threads, entries, runs + 1)
+    disabled = ";".join(filter(None, (entries.get(LISTED, ""), "NchwcTransformer")))
+    plain = {**entries, "session.disable_prepacking": "1", LISTED: disabled}
+    shaped = _profile(model, inputs, threads, plain, 1)
+    nodes: _Nodes = defaultdict(list)
+    for event in real:
+        nodes[event.name, event.index].append(event)
+    both = zip(nodes.values(), _shapes(nodes, shaped, runs), strict=True)
+    return Kernels(kernels=tuple(_kernel(events, shapes, runs) for events, shapes in both))
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """One run of one node: its name, ONNX Runtime's number for it, kernel, and what went in and came out."""
+
+    name: str
+    index: str
+    kernel: str
+    us: float
+    inputs: tuple[tuple[str, Shape], ...]
+    outputs: tuple[tuple[str, Shape], ...]
+
+
+_Nodes = dict[tuple[str, str], list[_Event]]  # (name, index) -> its events, over all runs
+
+
+def _profile(
+    model: Path, inputs: Mapping[str, Array], threads: int, entries: Mapping[str, str], runs: int
+) -> list[_Event]:
+    with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
+        session = open_session(model, threads=threads, entries=entries, profile=Path(folder) / "profile")
+        try:
+            for _ in range(runs):
+                session.run(None, dict(inputs))
+        except ORT_ERRORS as error:
+            raise PacklightError(f"{model}: ONNX Runtime failed while running", found=str(error)[:300]) from error
+        finally:
+            written = Path(session.end_profiling())
+        return list(_events(json.loads(written.read_text(encoding="utf-8"))))
+
+
+def _events(profile: list[dict[str, Any]]) -> Iterator[_Event]:
+    for each in profile:
+        if each.get("cat") == "Node" and each["name"].endswith(EVENT):
+            args = each["args"]
+            yield _Event(
+                name=each["name"].removesuffix(EVENT),
+                index=args.get("node_index", ""),
+                kernel=args["op_name"],
+                us=float(each["dur"]),
+                inputs=_tensors(args.get("input_type_shape", [])),
+                outputs=_tensors(args.get("output_type_shape", [])),
+            )
+
+
+def _tensors(listed: list[dict[str, list[int]]]) -> tuple[tuple[str, Shape], ...]:
+    return tuple((dtype, tuple(shape)) for each in listed for dtype, shape in each.items())
+
+
+def _one_run(events: list[_Event], runs: int) -> list[_Event]:
+    """The events of the last run: one, or more inside a loop."""
+    return events[-(len(events) // (runs + 1)) :]
+
+
+def _shapes(nodes: _Nodes, shaped: list[_Event], runs: int) -> Iterator[list[_Event]]:
+    """For each node of the real session its events of one run with all shapes told, as far as the other session has them."""
+    named: dict[str, list[_Event]] = defaultdict(list)
+    for event in shaped:
+        named[event.name].append(event)
+    known = {name for name, _ in nodes}
+    renamed = [event for event in shaped if event.kernel in CONV and event.name not in known]
+    for (name, _), events in nodes.items():
+        last = _one_run(events, runs)
+        if name.endswith(NCHWC) and last[0].kernel in CONV:
+            same = [next((event for event in renamed if _pads_to(event, last[0])), last[0])] * len(last)
+            renamed = [event for event in renamed if event is not same[0]]
+        else:
+            same = [event for event in named[name] if event.kernel == last[0].kernel]
+        yield same if len(same) == len(last) else last
+
+
+def _pads_to(plain: _Event, padded: _Event) -> bool:
+    """Whether `padded` is `plain` with its channels padded to a block: NCHWc names a node by its output, not by its name."""
+    (_, w), (_, w_padded) = plain.inputs[1], padded.inputs[1]
+    (_, y), (_, y_padded) = plain.outputs[0], padded.outputs[0]
+    same = (w[2:], y[:1], y[2:]) == (w_padded[2:], y_padded[:1], y_padded[2:])
+    return same and w[0] <= w_padded[0] and w[1] <= w_padded[1]
+
+
+def _kernel(events: list[_Event], shapes: list[_Event], runs: int) -> Kernel:
+    name, each = events[0].kernel, len(shapes)
+    times = [math.fsum(event.us for event in events[n * each : (n + 1) * each]) for n in range(1, runs + 1)]
+    return Kernel(
+        node=shapes[0].name,
+        kernel=name,
+        types=_types(shapes[0]),
+        ms=median(times) / 1e3,
+        macs=sum(map(_macs, shapes)),
+        integer=name in INTEGER or name.startswith("QLinear"),
+    )
+
+
+def _types(event: _Event) -> str:
+    """Types of activation and weight, once when both are the same float; of the first input where there is no weight."""
+    at = WEIGHT.get(event.kernel, 0)
+    types = [SHORT.get(dtype, dtype) for dtype, _ in event.inputs]
+    if not 0 < at < len(types) or types[0] == types[at] == "f32":
+        return types[0] if types else ""
+    return types[0] + types[at]
+
+
+def _macs(event: _Event) -> int:
+    """Multiply-adds of one event, by the table in trace(); 0 when the shapes it needs were not seen."""
+    kernel, at = event.kernel, WEIGHT.get(event.kernel)
+    if at is None or at >= len(event.inputs) or not event.outputs:
+        return 0
+    x, w, y = event.inputs[0][1], event.inputs[at][1], event.outputs[0][1]
+    if kernel in CONV:
+        return math.prod(y) * math.prod(w[1:])
+    if kernel == "ConvTranspose":
+        return math.prod(x) * math.prod(w[1:])
+    if kernel == "MatMulNBits":
+        return math.prod(y) * x[-1]
+    if kernel in RECURRENT:
+        r = event.inputs[at + 1][1]
+        return x[0] * x[1] * (math.prod(w) + math.prod(r))
+    if kernel in ATTENTION:
+        batch, queries, hidden = y
+        return batch * queries * math.prod(w) + 2 * batch * queries * queries * hidden
+    columns = y[-1] if len(w) > 1 and y else 1
+    return math.prod(y) * (math.prod(w[-2:]) // (columns or 1))
