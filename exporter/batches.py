@@ -1,0 +1,165 @@
+"""What people have -> batches {input: array}, checked against the inputs of a graph.
+
+A batch is what one call of the model takes. Sources: any iterable of dicts, tuples or single arrays and tensors (a
+torch DataLoader is one), `.npz` and `.npy` files, and folders of them. Everything streams: an iterable is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.errors import CalibrationError
+from runtime.manifest import Tensor
+
+Array = npt.NDArray[Any]
+Batch = Mapping[str, Array]
+
+
+def as_array(value: Any, name: str) -> Array:
+    """An array, a torch tensor (any device, grad or not) or a plain number as a numpy array.
+
+    Raises:
+        CalibrationError: objects, strings, ragged lists.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise CalibrationError(f"input {name!r}", found=f"dtype {array.dtype}", expected="numbers", tensor=name)
+    return array
+
+
+def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
+    """Yield checked batches from whatever was given.
+
+    Args:
+        given: an iterable of batches, or a path: `.npz` (one array per input), `.npy` (one input), a folder of these.
+        tensors: the graph's inputs: name, dtype, shape.
+        role: "calibration" or "heldout", for messages.
+
+    Raises:
+        CalibrationError: nothing given, wrong names, dtype or shape, NaN or infinity; names the batch and the input.
+    """
+    if given is None:
+        raise CalibrationError(
+            f"{role}: no data",
+            expected="batches like the ones the model will see",
+            do="pass an iterable of {input: array}, or --calibration/--heldout with .npz files",
+        )
+    if isinstance(given, Mapping):
+        raise CalibrationError(f"{role}", found="one dict", expected="an iterable of dicts", do="wrap it: [batch]")
+    stream = _files(Path(given)) if isinstance(given, str | Path) else iter(given)
+    for number, raw in enumerate(stream):
+        yield _checked(raw, tensors, role, number)
+
+
+def peek(stream: Iterator[Batch], role: str) -> tuple[Batch, Iterator[Batch]]:
+    """The first batch, and a stream that still has it.
+
+    Raises:
+        CalibrationError: the stream is empty.
+    """
+    first = next(stream, None)
+    if first is None:
+        raise CalibrationError(
+            f"{role}: no batches", found="an empty iterable", expected="at least one batch", do="check the data source"
+        )
+    return first, itertools.chain([first], stream)
+
+
+def digest(batch: Batch) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: equal exactly when two batches are."""
+    sha = hashlib.sha256()
+    for name in sorted(batch):
+        array = np.ascontiguousarray(batch[name])
+        sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def random(tensors: Sequence[Tensor], count: int, generator: np.random.Generator) -> Iterator[Batch]:
+    """`count` batches of normal noise (floats) and zeros or ones (integers): for plumbing, not for accuracy.
+
+    A named dimension has size 1. Only used where the user asked for random data by name.
+    """
+    for _ in range(count):
+        batch = {}
+        for tensor in tensors:
+            shape = tuple(size if isinstance(size, int) else 1 for size in tensor.shape)
+            dtype = np.dtype(tensor.dtype)
+            values = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
+            batch[tensor.name] = values.astype(dtype)
+        yield batch
+
+
+def _files(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        found = sorted(entry for entry in path.iterdir() if entry.suffix in (".npz", ".npy"))
+        if not found:
+            raise CalibrationError(str(path), found="no .npz or .npy files", expected="one file per batch")
+        for entry in found:
+            yield from _files(entry)
+        return
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        yield {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
+    except (OSError, ValueError, EOFError) as error:
+        raise CalibrationError(
+            str(path), found=str(error).splitlines()[0][:120], expected="an .npz or .npy file without pickled objects"
+        ) from error
+
+
+def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int) -> Batch:
+    where = f"{role} batch {number}"
+    names = [tensor.name for tensor in tensors]
+    if isinstance(raw, Mapping):
+        given = dict(raw)
+    else:
+        values = list(raw) if isinstance(raw, tuple | list) else [raw]
+        # a DataLoader over a labelled data set yields (input, label): what exceeds the model's inputs is not for it
+        given = dict(zip(names, values, strict=False)) if len(values) >= len(names) else {}
+        if not given:
+            raise CalibrationError(where, found=f"{len(values)} arrays", expected=f"{len(names)}: {', '.join(names)}")
+    missing = [name for name in names if name not in given]
+    unknown = [str(name) for name in given if name not in names]
+    if missing:
+        raise CalibrationError(
+            where,
+            found=f"inputs {', '.join(map(str, given))}",
+            expected=f"inputs {', '.join(names)}",
+            do=f"rename {unknown[0]!r}" if unknown else f"add {missing[0]!r}",
+            tensor=missing[0],
+            batch=number,
+        )
+    return {tensor.name: _checked_array(given[tensor.name], tensor, where, number) for tensor in tensors}
+
+
+def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array:
+    array = as_array(value, tensor.name)
+    what = f"{where}: input {tensor.name!r}"
+    if array.dtype != np.dtype(tensor.dtype):
+        raise CalibrationError(
+            what, found=f"dtype {array.dtype}", expected=tensor.dtype, tensor=tensor.name, batch=number,
+            do=f"convert it with .astype({tensor.dtype!r})",
+        )
+    if len(array.shape) != len(tensor.shape) or any(
+        isinstance(want, int) and size != want for size, want in zip(array.shape, tensor.shape, strict=True)
+    ):
+        raise CalibrationError(
+            what, found=f"shape {list(array.shape)}", expected=f"shape {list(tensor.shape)}",
+            tensor=tensor.name, batch=number,
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        kind = "NaN" if np.isnan(array).any() else "infinity"
+        raise CalibrationError(
+            what, found=kind, expected="finite numbers", do="look at this sample's preprocessing",
+            tensor=tensor.name, batch=number,
+        )
+    return array

@@ -1,0 +1,146 @@
+"""The few questions others ask of a graph: its inputs, order, constants, shapes, MACs, and its outputs when run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.batches import Array, Batch
+from runtime import session
+from runtime.errors import BundleError
+from runtime.manifest import Tensor
+
+Shape = tuple[int, ...]
+
+
+class RunError(Exception):
+    """ONNX Runtime could not load or run a graph of ours; the stage that asked says what that means."""
+
+
+def tensors(values: Iterable[ir.Value]) -> tuple[Tensor, ...]:
+    """Name, dtype and shape of graph inputs or outputs; a dimension without a name is called `<tensor>_<axis>`."""
+    return tuple(
+        Tensor(
+            name=_name(value),
+            dtype=str(value.dtype.numpy()) if value.dtype is not None else "float32",
+            shape=tuple(
+                dim if isinstance(dim, int) else (str(dim) if str(dim) != "None" else f"{value.name}_{axis}")
+                for axis, dim in enumerate(value.shape or ())
+            ),
+        )
+        for value in values
+    )
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name
+
+
+def inputs(model: ir.Model) -> tuple[Tensor, ...]:
+    """The inputs that a caller must give (initializers that old files list as inputs are not among them)."""
+    return tensors(value for value in model.graph.inputs if not value.is_initializer())
+
+
+def outputs(model: ir.Model) -> tuple[Tensor, ...]:
+    return tensors(model.graph.outputs)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The file's bytes. The same model gives the same bytes."""
+    return ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+
+
+def runner(model: ir.Model, threads: int | None = None) -> Callable[[Batch], dict[str, Array]]:
+    """A function that runs the graph in ONNX Runtime.
+
+    Raises:
+        RunError: ONNX Runtime refuses the graph (here, or when called, the batch).
+    """
+    try:
+        opened = session.open_session(to_bytes(model), threads=threads)
+    except BundleError as error:
+        raise RunError(str(error)) from error
+    names = [output.name for output in opened.get_outputs()]
+    wanted = [value.name for value in opened.get_inputs()]
+
+    def run(batch: Batch) -> dict[str, Array]:
+        try:
+            return dict(zip(names, opened.run(names, {name: batch[name] for name in wanted}), strict=True))
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise RunError(str(error).splitlines()[0][:300]) from error
+
+    return run
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The array behind an initializer, else None."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A clone whose outputs are exactly the named tensors."""
+    clone = model.clone()
+    values = {value.name: value for node in clone.graph for value in node.outputs}
+    values |= {value.name: value for value in clone.graph.inputs}
+    clone.graph.outputs[:] = [values[name] for name in names]
+    return clone
+
+
+def shapes(model: ir.Model, batch: Batch) -> dict[str, Shape]:
+    """The shape of every tensor when the graph runs on `batch`; initializers included."""
+    names = [_name(v) for node in model.graph for v in node.outputs if v.name and v.type is not None or v.name]
+    found: dict[str, Shape] = {name: tuple(value.shape) for name, value in batch.items()}
+    for name, value in model.graph.initializers.items():
+        if value.shape is not None:
+            found[name] = tuple(int(dim) for dim in value.shape if isinstance(dim, int))
+    given = set(found)
+    ran = runner(with_outputs(model, [name for name in names if name not in given]))(batch)
+    return found | {name: tuple(np.shape(value)) for name, value in ran.items()}
+
+
+def macs(node: ir.Node, shape: Mapping[str, Shape]) -> int:
+    """Multiply-accumulates of one run of the node.
+
+    Conv: output elements x (channels per group x kernel). ConvTranspose: input elements x (output channels per group
+    x kernel). MatMul, Gemm: output elements x K. LSTM, GRU, RNN: steps x batch x directions x gates x hidden x
+    (input + hidden). Everything else counts 0.
+    """
+
+    def of(value: ir.Value | None) -> Shape:
+        return shape.get(value.name or "", ()) if value is not None else ()
+
+    def elements(value: ir.Value | None) -> int:
+        return math.prod(of(value))
+
+    if node.op_type == "Conv":
+        return elements(node.outputs[0]) * math.prod(of(node.inputs[1])[1:])
+    if node.op_type == "ConvTranspose":
+        return elements(node.inputs[0]) * math.prod(of(node.inputs[1])[1:])
+    if node.op_type == "MatMul":
+        return elements(node.outputs[0]) * (of(node.inputs[0]) or (0,))[-1]
+    if node.op_type == "Gemm":
+        k_axis = 0 if node.attributes.get_int("transA", 0) else 1
+        return elements(node.outputs[0]) * of(node.inputs[0])[k_axis]
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        steps, batch = of(node.inputs[0])[:2]
+        return steps * batch * math.prod(of(node.inputs[1])) + steps * batch * math.prod(of(node.inputs[2]))
+    return 0
+
+
+def consumers(value: ir.Value) -> tuple[ir.Node, ...]:
+    return tuple(dict.fromkeys(usage.node for usage in value.uses()))
+
+
+def activations(node: ir.Node) -> tuple[ir.Value, ...]:
+    """The inputs that are computed or given at run time (not constants, not absent)."""
+    return tuple(value for value in node.inputs if value is not None and not value.is_initializer())
+
+
+def order(model: ir.Model) -> Sequence[ir.Node]:
+    return list(model.graph)

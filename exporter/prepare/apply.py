@@ -1,0 +1,94 @@
+"""The rewrites in their order, each proved by running the graph before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from exporter import graph, proof
+from exporter.batches import Batch
+from exporter.errors import QuantizeError
+from exporter.prepare import (
+    batchnorm,
+    constants,
+    conv_transpose,
+    gelu,
+    gemm,
+    hardswish,
+    layernorm,
+    names,
+    opset,
+    pad,
+    pool,
+    shapes,
+    unshare,
+)
+
+# A rewrite owns the model it is given, edits it in place, and returns how often its rules matched.
+Rewrite = Callable[[ir.Model], int]
+
+CLEAN: Mapping[str, Rewrite] = {"opset": opset.rewrite, "constants": constants.rewrite, "names": names.rewrite}
+REWRITES: Mapping[str, Rewrite] = {
+    "pad": pad.rewrite,
+    "batchnorm": batchnorm.rewrite,
+    "layernorm": layernorm.rewrite,
+    "gelu": gelu.rewrite,
+    "hardswish": hardswish.rewrite,
+    "gemm": gemm.rewrite,
+    "pool": pool.rewrite,
+    "conv_transpose": conv_transpose.rewrite,
+    "constants": constants.rewrite,
+    "unshare": unshare.rewrite,
+    "names": names.rewrite,
+    "shapes": shapes.rewrite,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Two equal FP32 graphs: `reference` as traced, only cleaned, and `model`, rewritten so that it quantizes well.
+
+    rewrites: {rewrite: times it matched}, those that matched.
+    """
+
+    reference: ir.Model
+    model: ir.Model
+    rewrites: Mapping[str, int]
+
+
+def to_quantizable(model: ir.Model, batch: Batch) -> Prepared:
+    """Clean the graph, then rewrite it; after each rewrite that matched, outputs on `batch` must be the traced ones.
+
+    Raises:
+        QuantizeError: a rewrite changed the outputs, or ONNX Runtime cannot run the graph. That is a fault of ours.
+    """
+    expected = _run(model, batch, "the traced graph")
+    reference = _proved(model.clone(), CLEAN, expected, batch)[0]
+    rewritten, counts = _proved(reference.clone(), REWRITES, expected, batch)
+    return Prepared(reference=reference, model=rewritten, rewrites=counts)
+
+
+def _proved(
+    model: ir.Model, rewrites: Mapping[str, Rewrite], expected: Batch, batch: Batch
+) -> tuple[ir.Model, dict[str, int]]:
+    counts: dict[str, int] = {}
+    for name, rewrite in rewrites.items():
+        matched = rewrite(model)
+        if not matched:
+            continue
+        wrong = proof.difference(expected, _run(model, batch, f"the graph after rewrite {name}"))
+        if wrong:
+            raise QuantizeError(
+                f"rewrite {name} changed the model", found=wrong, expected="equal outputs", do="report this model to us"
+            )
+        counts[name] = counts.get(name, 0) + matched
+    return model, counts
+
+
+def _run(model: ir.Model, batch: Batch, what: str) -> Batch:
+    try:
+        return graph.runner(model)(batch)
+    except graph.RunError as error:
+        raise QuantizeError(f"{what} does not run", found=str(error), expected="a graph ONNX Runtime runs") from error

@@ -1,0 +1,42 @@
+"""Give each role of an initializer its own copy, so that one node's scale is not forced on another.
+
+1. A bias (input 2 of Conv, ConvTranspose, Gemm) is quantized with the scale of its node's input: each node gets a copy.
+2. A weight read in two roles (another op_type, input or transposition, hence another channel axis) gets a copy per role.
+   Nodes that read it in the same role go on sharing it: an unrolled recurrent cell keeps one weight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.prepare import edit
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def rewrite(model: ir.Model) -> int:
+    copies = 0
+    for value in list(model.graph.initializers.values()):
+        array = graph.constant(value)
+        roles: dict[object, list[ir.Usage]] = defaultdict(list)
+        for usage in value.uses():
+            roles[_role(usage.node, usage.idx)].append(usage)
+        layered = any(usage.node.op_type in LAYERS for usages in roles.values() for usage in usages)
+        if array is None or array.dtype.kind != "f" or len(roles) < 2 or not layered:
+            continue
+        for usages in list(roles.values())[1:]:
+            copy = edit.initializer(model, f"{value.name}_copy", array)
+            for usage in usages:
+                usage.node.replace_input_with(usage.idx, copy)
+            copies += 1
+    return copies
+
+
+def _role(node: ir.Node, index: int) -> object:
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and index == 2:
+        return (node.name, index)
+    transposed = node.attributes.get_int("transB", 0) if node.op_type == "Gemm" else 0
+    return (node.op_type, index, transposed) if node.op_type in LAYERS else "elsewhere"

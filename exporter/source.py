@@ -1,0 +1,264 @@
+"""Where a model comes from: an nn.Module, a .pt2 program, an .onnx file, or a Python file that offers one.
+
+A Source is a frozen description; nothing is traced, run or changed here. A pickle is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+
+from exporter import batches
+from exporter.batches import Array
+from exporter.errors import TraceError
+
+OLDEST_OPSET = 11  # what onnx.version_converter was tried on; older files differ in Pad, Clip, Resize, BatchNorm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model and how it is called.
+
+    model: what is traced; the caller's object is never changed.
+    inputs: one example per input, in the order of the module's arguments. Empty for ONNX, where the file says it.
+    outputs: names for the results, in order. Empty for ONNX.
+    dynamic: {input: {axis: label}}; equal labels are equal sizes. Output names are accepted and need not be given.
+    """
+
+    name: str
+    model: torch.nn.Module | torch.export.ExportedProgram | onnx.ModelProto
+    inputs: Mapping[str, Array]
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+
+def from_module(
+    module: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    name: str | None = None,
+) -> Source:
+    """A trained module, called with `inputs` in their order (or by name, when every name is one of its arguments).
+
+    Args:
+        module: traced in eval mode; its own training flags are restored afterwards.
+        inputs: one example (array or tensor) per input, as the model would see it in use.
+        outputs: a name for each result, in order.
+        dynamic: {input: {axis: label}} for the axes whose size may change, e.g. {"image": {0: "batch"}}.
+
+    Raises:
+        TraceError: no inputs or outputs, or a `dynamic` entry that fits none of them.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TraceError("from_module", found=type(module).__name__, expected="a torch.nn.Module")
+    examples = {key: batches.as_array(value, key) for key, value in inputs.items()}
+    _check_names(examples, outputs, dynamic or {})
+    return Source(
+        name=name or type(module).__name__,
+        model=module,
+        inputs=examples,
+        outputs=tuple(outputs),
+        dynamic=_input_axes(examples, dynamic or {}),
+    )
+
+
+def from_program(
+    path: str | Path,
+    outputs: Sequence[str] = (),
+) -> Source:
+    """A torch.export program (.pt2). Its example inputs and dynamic shapes are in the file.
+
+    Raises:
+        TraceError: the file is no torch.export program, or carries no example inputs.
+    """
+    path = Path(path)
+    try:
+        program = torch.export.load(path)
+    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+        raise TraceError(str(path), found=_first_line(error), expected="a program saved by torch.export.save") from error
+    if program.example_inputs is None:
+        raise TraceError(str(path), found="no example inputs", do="export it again with torch.export.export")
+    args, kwargs = program.example_inputs
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    values = [*args, *kwargs.values()]
+    if len(names) != len(values) or not all(isinstance(value, torch.Tensor) for value in values):
+        raise TraceError(str(path), found="inputs that are not plain tensors", expected="tensors only")
+    count = len(program.graph_signature.user_outputs)
+    return Source(
+        name=path.stem,
+        model=program,
+        inputs={name: batches.as_array(value, name) for name, value in zip(names, values, strict=True)},
+        outputs=tuple(outputs) or tuple(f"output_{i}" for i in range(count)),
+        dynamic=_program_axes(program, names, values),
+    )
+
+
+def from_onnx(path: str | Path) -> Source:
+    """An ONNX file, opset 11 or newer; external data must lie in the file's own folder.
+
+    Raises:
+        TraceError: no ONNX file, an older opset, external data outside the folder, operators ORT does not own.
+    """
+    path = Path(path)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise TraceError(str(path), found=_first_line(error), expected="a readable ONNX file") from error
+    except Exception as error:  # protobuf's DecodeError has a different home in each of its major versions
+        if type(error).__name__ != "DecodeError":
+            raise
+        raise TraceError(str(path), found="no ONNX graph", expected="a file saved by onnx.save") from error
+    if not model.graph.node:
+        raise TraceError(str(path), found="no nodes", expected="a file saved by onnx.save")
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < OLDEST_OPSET:
+        raise TraceError(
+            str(path),
+            found=f"opset {opset}",
+            expected=f"opset {OLDEST_OPSET} or newer",
+            do="export the model again, or convert it with onnx.version_converter and check the result",
+        )
+    _load_external(model, path)
+    return Source(name=path.stem, model=model, inputs={}, outputs=(), dynamic={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What a Python file offers: `source()`, `calibration()`, `heldout()` and, optionally, `evaluate(run)`.
+
+    recipe: the `recipe.toml` beside the file, where there is one.
+    """
+
+    source: Callable[[], Source]
+    calibration: Callable[..., Any] | None
+    heldout: Callable[..., Any] | None
+    evaluate: Callable[..., Any] | None
+    recipe: Path | None
+
+
+def from_file(spec: str) -> Sample:
+    """`file.py`, `file.py:function` or a folder with a `sample.py`: a Python file that offers source().
+
+    Raises:
+        TraceError: the file is missing, or does not offer what is needed.
+    """
+    text, _, function = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
+    path = Path(text)
+    path = path / "sample.py" if path.is_dir() else path
+    if not path.is_file():
+        raise TraceError(
+            spec,
+            found="no such file",
+            expected="file.py, file.py:function, a folder with sample.py, model.onnx or model.pt2",
+        )
+    module = load_python(path)
+    offered = getattr(module, function or "source", None)
+    if not callable(offered):
+        names = sorted(name for name, value in vars(module).items() if inspect.isfunction(value))
+        raise TraceError(
+            str(path),
+            found=f"functions {', '.join(names) or 'none'}",
+            expected=f"a function {function or 'source'}() that returns exporter.from_module(...)",
+        )
+    recipe = path.parent / "recipe.toml"
+    return Sample(
+        source=offered,
+        calibration=getattr(module, "calibration", None),
+        heldout=getattr(module, "heldout", None),
+        evaluate=getattr(module, "evaluate", None),
+        recipe=recipe if recipe.is_file() else None,
+    )
+
+
+def load_python(path: Path) -> ModuleType:
+    """Run a Python file as a module of its own; its folder is importable while it loads."""
+    name = f"packlight_sample_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TraceError(str(path), found="no Python file", expected="file.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and torch look a class's module up here
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise TraceError(
+            str(path), found=_first_line(error), do="install what the file imports (see its README)"
+        ) from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _check_names(
+    inputs: Mapping[str, Array], outputs: Sequence[str], dynamic: Mapping[str, Mapping[int, str]]
+) -> None:
+    if not inputs or not outputs:
+        raise TraceError("from_module", found="no inputs" if not inputs else "no outputs", expected="names for both")
+    if isinstance(outputs, str):
+        raise TraceError("from_module: outputs", found=f"the string {outputs!r}", expected=f"a list: [{outputs!r}]")
+    clash = set(inputs) & set(outputs)
+    if clash or len(set(outputs)) != len(outputs):
+        raise TraceError("from_module", found=f"names used twice in {[*inputs, *outputs]}", expected="different names")
+    for name, axes in dynamic.items():
+        if name not in inputs and name not in outputs:
+            raise TraceError("dynamic", found=repr(name), expected=f"one of {', '.join([*inputs, *outputs])}")
+        for axis in axes:
+            if name in inputs and not 0 <= axis < inputs[name].ndim:
+                raise TraceError(f"dynamic: {name}", found=f"axis {axis}", expected=f"0..{inputs[name].ndim - 1}")
+
+
+def _input_axes(
+    inputs: Mapping[str, Array], dynamic: Mapping[str, Mapping[int, str]]
+) -> dict[str, dict[int, str]]:
+    return {name: dict(dynamic[name]) for name in inputs if dynamic.get(name)}
+
+
+def _program_axes(
+    program: torch.export.ExportedProgram, names: Sequence[str], values: Sequence[torch.Tensor]
+) -> dict[str, dict[int, str]]:
+    """Axes that the program keeps symbolic, by the symbol's own name."""
+    axes: dict[str, dict[int, str]] = {}
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for name, value in zip(names, values, strict=True):
+        shape = cast(Any, nodes[name].meta["val"]).shape
+        found = {axis: str(shape[axis]) for axis in range(value.ndim) if not isinstance(shape[axis], int)}
+        if found:
+            axes[name] = found
+    return axes
+
+
+def _load_external(model: onnx.ModelProto, path: Path) -> None:
+    """Read external tensors into the model; only plain files inside the model's folder are read."""
+    root = path.resolve().parent
+    for tensor in onnx.external_data_helper._get_all_tensors(model):
+        if not onnx.external_data_helper.uses_external_data(tensor):
+            continue
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        inside = PurePosixPath(location.replace("\\", "/"))
+        target = (root / location).resolve()
+        if not location or inside.is_absolute() or ".." in inside.parts or root not in target.parents:
+            raise TraceError(
+                f"{path}: tensor {tensor.name}",
+                found=f"external data {location!r}",
+                expected="a file in the model's own folder",
+            )
+        if not target.is_file():
+            raise TraceError(f"{path}: tensor {tensor.name}", found=f"no file {location}", expected="its weights")
+    onnx.external_data_helper.load_external_data_for_model(model, str(root))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,278 @@
+"""Source -> FP32 ONNX, then proof that torch == ONNX.
+
+dynamo is tried first, TorchScript second; the first graph that passes the proof is kept. The proof runs both on the
+example and, where axes are dynamic, at other sizes too: an exporter that silently fixes a size does not pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import NameFixPass
+
+from exporter import graph, proof
+from exporter.batches import Array, Batch
+from exporter.errors import TraceError
+from exporter.source import Source
+
+# Gelu is one node from 20 on and LayerNormalization from 17; TorchScript ends at 20; ORT 1.31 has CPU kernels for all of 20
+OPSET = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """An FP32 graph that was proved equal to its source.
+
+    exporter: "dynamo", "torchscript" or "onnx" (given as a file).
+    sizes: the sizes the proof ran at, one {label: size} each; empty for a file.
+    """
+
+    model: ir.Model
+    exporter: str
+    sizes: tuple[Mapping[str, int], ...]
+
+
+def to_onnx(source: Source) -> Traced:
+    """Trace a source and prove the graph.
+
+    Raises:
+        TraceError: neither exporter gave a graph that equals torch; names the operators or the module at fault.
+    """
+    if isinstance(source.model, onnx.ModelProto):
+        return Traced(model=ir.serde.deserialize_model(source.model), exporter="onnx", sizes=())
+    failures: list[str] = []
+    faults: list[str] = []
+    with _evaluating(source) as module:
+        reference = _references(source, module)
+        for name, export in _EXPORTERS.items():
+            try:
+                with _quiet():
+                    model = export(source, module)
+            except Exception as error:  # torch raises RuntimeError, TypeError, AssertionError, its own: all mean "no"
+                failures.append(f"{name}: {_why(error)}")
+                faults += _operators(error) + _modules(error, module)
+                continue
+            wrong = _disproof(model, reference)
+            if not wrong:
+                return Traced(model=model, exporter=name, sizes=tuple(_sizes(source, batch) for batch, _ in reference))
+            failures.append(f"{name}: the graph differs from torch, {wrong}")
+    faults = list(dict.fromkeys(faults))
+    raise TraceError(
+        f"{source.name}: no exporter of torch gives an equal ONNX graph" + (f"; at fault: {', '.join(faults)}" if faults else ""),
+        found="; ".join(failures),
+        expected="a graph that can be traced: no Python control flow that depends on tensor values",
+        do="use torch.where or torch.cond for the branch, replace the operator, or pass an ONNX file",
+        op_types=faults,
+    )
+
+
+def _dynamo(source: Source, module: Any) -> ir.Model:
+    labels = {label: torch.export.Dim(label) for axes in source.dynamic.values() for label in axes.values()}
+    shapes = {name: {axis: labels[label] for axis, label in source.dynamic.get(name, {}).items()} for name in source.inputs}
+    if isinstance(source.model, torch.export.ExportedProgram):
+        program = torch.onnx.export(
+            source.model, input_names=[*source.inputs], output_names=[*source.outputs],
+            opset_version=OPSET, dynamo=True, verbose=False,
+        )
+    else:
+        args, kwargs = _call(source, module, _widened(source))
+        program = torch.onnx.export(
+            module, args, kwargs=kwargs, input_names=[*source.inputs], output_names=[*source.outputs],
+            dynamic_shapes=shapes if kwargs else tuple(shapes.values()), opset_version=OPSET, dynamo=True, verbose=False,
+        )  # fmt: skip
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    # torch names an inner tensor after its operator even where an output has that name ("embedding"): two of one name
+    return NameFixPass()(program.model).model
+
+
+def _torchscript(source: Source, module: Any) -> ir.Model:
+    if isinstance(source.model, torch.export.ExportedProgram):
+        raise TypeError("an exported program has no TorchScript form")
+    buffer = io.BytesIO()
+    args, kwargs = _call(source, module, _widened(source))
+    torch.onnx.export(
+        module, args, buffer, kwargs=kwargs, input_names=[*source.inputs], output_names=[*source.outputs],
+        dynamic_axes={name: dict(axes) for name, axes in source.dynamic.items()}, opset_version=OPSET, dynamo=False,
+    )  # fmt: skip
+    return ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
+
+
+_EXPORTERS: Mapping[str, Callable[[Source, Any], ir.Model]] = {"dynamo": _dynamo, "torchscript": _torchscript}
+
+
+@contextlib.contextmanager
+def _evaluating(source: Source) -> Iterator[Any]:
+    """The source's module in eval mode; every training flag is put back afterwards."""
+    if isinstance(source.model, torch.export.ExportedProgram):
+        yield source.model.module()
+        return
+    module = source.model
+    assert isinstance(module, torch.nn.Module)
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        try:
+            module.eval()
+        except Exception as error:  # a module's own train() may raise anything
+            raise TraceError(f"{source.name}: eval() failed", found=_why(error), do="export an eval-mode module") from error
+        stuck = [name or type(part).__name__ for name, part in module.named_modules() if part.training]
+        if stuck:
+            raise TraceError(
+                f"{source.name}: eval() leaves it in training mode",
+                found=f"training: {', '.join(stuck[:3])}",
+                expected="a module whose eval() sets training to False",
+                do="dropout and batch statistics would be exported: fix its train() method",
+            )
+        yield module
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+def _references(source: Source, module: Any) -> list[tuple[Batch, dict[str, Array]]]:
+    """Torch's outputs on the example and, for dynamic axes, at other sizes. A size torch itself refuses is left out."""
+    found = [(source.inputs, _torch_outputs(source, module, source.inputs))]
+    for variant in _variants(source):
+        with contextlib.suppress(Exception), _quiet():  # torch may refuse a size: (h % 32), a maximal length
+            found.append((variant, _torch_outputs(source, module, variant)))
+            continue
+    return found
+
+
+def _torch_outputs(source: Source, module: Any, batch: Batch) -> dict[str, Array]:
+    args, kwargs = _call(source, module, batch)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = module(*args, **kwargs)
+    except Exception as error:  # the caller's forward may raise anything
+        raise TraceError(
+            f"{source.name}: its forward fails on the example",
+            found=_why(error),
+            expected=f"a call with {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in batch.items())}",
+            do="check names, dtypes and shapes of `inputs`",
+        ) from error
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    if len(leaves) != len(source.outputs):
+        raise TraceError(
+            f"{source.name}: outputs",
+            found=f"{len(source.outputs)} names ({', '.join(source.outputs)}) for {len(leaves)} tensors",
+            expected="one name per tensor",
+        )
+    return {name: leaf.detach().cpu().numpy() for name, leaf in zip(source.outputs, leaves, strict=True)}
+
+
+def _call(source: Source, module: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments, or named ones when every input is an argument of forward in another order."""
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    arguments = list(code.co_varnames[1 : code.co_argcount]) if code else []
+    if set(tensors) <= set(arguments) and list(tensors) != arguments[: len(tensors)]:
+        return (), tensors
+    return tuple(tensors.values()), {}
+
+
+def _widened(source: Source) -> Batch:
+    """The example with every dynamic axis at size 2 or more: torch.export takes a size of 1 for a constant."""
+    return {
+        name: _resized(value, {axis: max(2, value.shape[axis]) for axis in source.dynamic.get(name, {})})
+        for name, value in source.inputs.items()
+    }
+
+
+def _variants(source: Source) -> Iterator[Batch]:
+    """The example with each label's axes one larger and, separately, twice as large. Values repeat, so they stay real."""
+    for label in dict.fromkeys(label for axes in source.dynamic.values() for label in axes.values()):
+        for grow in (lambda size: size + 1, lambda size: size * 2):
+            yield {
+                name: _resized(
+                    value, {a: grow(value.shape[a]) for a, other in source.dynamic.get(name, {}).items() if other == label}
+                )
+                for name, value in source.inputs.items()
+            }
+
+
+def _resized(value: Array, sizes: Mapping[int, int]) -> Array:
+    for axis, size in sizes.items():
+        value = np.take(value, range(size), axis=axis, mode="wrap")
+    return value
+
+
+def _sizes(source: Source, batch: Batch) -> dict[str, int]:
+    return {label: batch[name].shape[axis] for name, axes in source.dynamic.items() for axis, label in axes.items()}
+
+
+def _disproof(model: ir.Model, reference: Sequence[tuple[Batch, Mapping[str, Array]]]) -> str:
+    """Why the graph is not torch's, at the first size where it is not; empty when it is at all of them."""
+    try:
+        runner = graph.runner(model)
+        for batch, expected in reference:
+            wrong = proof.difference(expected, runner(batch))
+            if wrong:
+                return f"{wrong} at {', '.join(f'{k} {list(v.shape)}' for k, v in batch.items())}"
+    except graph.RunError as error:
+        return f"ONNX Runtime refuses it: {error}"
+    return ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracers' prints, warnings and logs out of the terminal."""
+    previous = logging.root.manager.disable
+    sink = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _why(error: BaseException) -> str:
+    """The innermost error's first line: the outer ones are the exporter's essays about it."""
+    inner = list(_chain(error))[-1]
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(inner)).splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[0][:180]}" if lines else type(inner).__name__
+
+
+def _operators(error: BaseException) -> list[str]:
+    """Operator names in the messages, e.g. aten.special_bessel_j0 (dynamo) or aten::special_bessel_j0 (TorchScript)."""
+    return [
+        name.replace("::", ".")
+        for part in _chain(error)
+        for name in re.findall(r"(?:No ONNX function found|No decompositions|operator|Unsupported)[^\n]*?\b(\w+(?:\.|::)\w+)", str(part))
+        if name.split(".")[0].split("::")[0] in {"aten", "prims", "torchvision", "custom", "mylib"} or "::" in name
+    ]  # fmt: skip
+
+
+def _modules(error: BaseException, module: Any) -> list[str]:
+    """The innermost forward() outside torch that was running: its module's path, file and line."""
+    names = {id(part): name or type(part).__name__ for name, part in module.named_modules()}
+    home = str(Path(torch.__file__).parent)
+    for part in _chain(error):
+        for frame, line in reversed(list(traceback.walk_tb(part.__traceback__))):
+            owner = frame.f_locals.get("self")
+            if id(owner) in names and not frame.f_code.co_filename.startswith(home):
+                return [f"module {names[id(owner)]} ({Path(frame.f_code.co_filename).name}:{line})"]
+    return []
