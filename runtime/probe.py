@@ -6,6 +6,7 @@ Keys are `0000/input/NAME`, `0000/fp32/NAME`, `0000/int8/NAME`: batch number, ro
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,25 +31,15 @@ class Probe:
 
 
 def write_probe(path: Path, probes: Iterable[Probe]) -> None:
-    """Write probe.npz: stored, not compressed, without times, names sorted; equal probes give equal bytes.
-
-    Raises:
-        BundleError: an array of Python objects, which no bundle may hold.
-    """
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for number, probe in enumerate(probes):
-            for role, named in zip(ROLES, (probe.inputs, probe.fp32, probe.int8), strict=True):
-                for name in sorted(named):
-                    _write(archive, f"{number:04d}/{role}/{name}", np.asarray(named[name], order="C"))
-
-
-def _write(archive: zipfile.ZipFile, key: str, array: Array) -> None:
-    if array.dtype.hasobject:
-        raise BundleError(key, path=key, found="Python objects", expected="an array of numbers")
-    member = zipfile.ZipInfo(f"{key}.npy")  # its time is 1980-01-01, always
-    member.create_system = 3  # Unix, on every system
-    with archive.open(member, "w", force_zip64=True) as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
+    """Write probe.npz; equal probes give equal bytes, whatever the order of their names."""
+    roles = ((probe.inputs, probe.fp32, probe.int8) for probe in probes)
+    keyed = (
+        (f"{number:04d}/{role}/{name}", named[name])
+        for number, batch in enumerate(roles)
+        for role, named in zip(ROLES, batch, strict=True)
+        for name in sorted(named)
+    )
+    write_arrays(path, dict(keyed))
 
 
 def read_probe(path: Path) -> tuple[Probe, ...]:
@@ -59,23 +50,51 @@ def read_probe(path: Path) -> tuple[Probe, ...]:
             is not ours, a batch number left out, no batch at all.
     """
     batches: dict[int, dict[str, dict[str, Array]]] = {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.zip.infolist()):
-                raise BundleError(str(path), path=str(path), found="compressed arrays", expected="stored ones")
-            for key in archive.files:
-                number, role, name = _split(key, path)
-                batches.setdefault(number, {each: {} for each in ROLES})[role][name] = archive[key]
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
-        raise BundleError(
-            f"{path}: not a probe", path=str(path), found=str(error)[:200], expected="plain arrays in an .npz file"
-        ) from error
+    for key, array in read_arrays(path, compression=zipfile.ZIP_STORED).items():
+        number, role, name = _split(key, path)
+        batches.setdefault(number, {each: {} for each in ROLES})[role][name] = array
     if not batches or sorted(batches) != list(range(len(batches))):
         found = f"batches {sorted(batches)}"
         raise BundleError(str(path), path=str(path), found=found, expected="0000, 0001, ... without a gap")
     return tuple(
         Probe(inputs=batch["input"], fp32=batch["fp32"], int8=batch["int8"]) for _, batch in sorted(batches.items())
     )
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write named arrays as .npz: stored, in C order, without times; the same arrays give the same bytes.
+
+    Raises:
+        BundleError: an array of Python objects, which would be pickled.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for key, value in arrays.items():
+            array = np.asarray(value, order="C")
+            if array.dtype.hasobject:
+                raise BundleError(f"{path}:{key}", path=str(path), found="Python objects", expected="numbers")
+            member = zipfile.ZipInfo(f"{key}.npy")  # its time is 1980-01-01, always
+            member.create_system = 3  # Unix, on every system
+            with archive.open(member, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def read_arrays(path: Path, compression: int | None = None) -> dict[str, Array]:
+    """Read named arrays from .npz, never a pickle; with `compression`, only members of that one of zipfile's methods.
+
+    Raises:
+        BundleError: no such file, another format, pickled arrays, another compression.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            methods = {member.compress_type for member in archive.infolist()}
+        if compression is not None and methods - {compression}:
+            raise BundleError(str(path), path=str(path), found="compressed arrays", expected="stored ones")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise BundleError(
+            str(path), path=str(path), found=str(error)[:200], expected="an .npz file of plain arrays"
+        ) from error
 
 
 def _split(key: str, path: Path) -> tuple[int, str, str]:

@@ -1,0 +1,138 @@
+"""packlight export | demo | check | bench | run | explain: parse, one call, print. No logic.
+
+Exit status: 0 met, 1 not met, 2 could not run.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime import gate, views
+from runtime.bench import measure
+from runtime.bundle import load
+from runtime.errors import PacklightError
+from runtime.explain import explain as explain_bundle
+from runtime.manifest import canonical
+from runtime.probe import read_arrays, write_arrays
+
+COMMANDS = "packlight.commands"  # the entry points through which the exporter adds its commands
+FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+app = typer.Typer(
+    name="packlight",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turn a PyTorch model into an int8 bundle that proves itself: it runs in integers, it is faster, it agrees.",
+    epilog="Exit status: 0 met, 1 not met, 2 could not run. Begin with: packlight demo",
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, as packlight export wrote it.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator; ONNX Runtime's choice by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the value the API returns, as JSON.")]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; errors of ours become one line on stderr and exit status 2."""
+    try:
+        app(args, prog_name="packlight")
+    except (PacklightError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+@app.command(context_settings=FORWARD, add_help_option=False)
+def export(context: typer.Context) -> None:
+    """Calibrate a model, decide what runs in integers, write a bundle. [dim]Needs packlight\\[export].[/dim]"""
+    forward("export", context.args)
+
+
+@app.command(context_settings=FORWARD, add_help_option=False)
+def demo(context: typer.Context) -> None:
+    """Export a small model made on the spot and prove the bundle. [dim]Needs packlight\\[export].[/dim]"""
+    forward("demo", context.args)
+
+
+@app.command(epilog="Example: packlight check build/lite0 --junit parity.xml")
+def check(
+    bundle: Folder,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the verdict as JUnit XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as Markdown.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run the bundle's own probe here and hold drift and integer share against its budget."""
+    opened = load(bundle, threads)
+    verdict = gate.check(opened)
+    name = opened.manifest.name
+    for file, text in ((junit, gate.junit), (markdown, gate.markdown)):
+        if file is not None:
+            file.write_text(text(verdict, name), encoding="utf-8")
+    if as_json:
+        typer.echo(verdict.to_json(), nl=False)
+    else:
+        views.show(views.verdict(verdict, name))
+    raise typer.Exit(0 if verdict.met else 1)
+
+
+@app.command(epilog="Example: packlight bench build/lite0 --threads 1")
+def bench(
+    bundle: Folder,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each model, taken in turn.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """Time int8 against FP32 on the probe's first batch: medians, taken in turn in one run."""
+    opened = load(bundle, threads)
+    timing = measure(opened, rounds)
+    if as_json:
+        typer.echo(canonical(timing), nl=False)
+    else:
+        views.show(views.timing(timing, opened.manifest.name))
+
+
+@app.command(epilog="Example: packlight run build/lite0 inputs.npz --out outputs.npz")
+def run(
+    bundle: Folder,
+    inputs: Annotated[Path, typer.Argument(metavar="INPUTS.npz", help="One array per input, under its name.")],
+    out: Annotated[Path | None, typer.Option(metavar="OUT.npz", help="Write the outputs, each under its name.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run the int8 model on one batch of inputs."""
+    outputs = load(bundle, threads).run(read_arrays(inputs))
+    if out is not None:
+        write_arrays(out, outputs)
+    if as_json:
+        typer.echo(views.outputs_json(outputs), nl=False)
+    else:
+        views.show(views.outputs(outputs))
+
+
+@app.command(epilog="Example: packlight explain build/lite0")
+def explain(bundle: Folder, threads: Threads = None, as_json: Json = False) -> None:
+    """Show every node: the kernel that ran, its types, time and MACs, and why the plan chose so."""
+    opened = load(bundle, threads)
+    explanation = explain_bundle(opened)
+    if as_json:
+        typer.echo(canonical(explanation), nl=False)
+    else:
+        views.show(views.explanation(explanation, opened.manifest.name))
+
+
+def forward(command: str, args: list[str]) -> None:
+    """Hand a command line, --help and all, to the exporter's command of that name."""
+    found = [point for point in entry_points(group=COMMANDS) if point.name == command]
+    try:
+        if not found:
+            raise ImportError(f"no entry point {command} in {COMMANDS}")
+        apply = found[0].load()
+    except ImportError as error:
+        do = "pip install 'packlight[export]'"
+        raise PacklightError(f"packlight {command} is not installed here", found=str(error), do=do) from error
+    apply(args, prog_name=f"packlight {command}")

@@ -1,0 +1,71 @@
+"""Why each node runs as it does: the kernels that ran here beside the plan that asked for them. bundle -> Explanation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
+from runtime.kernels import Kernel, kernels
+
+PLAN = "plan.txt"
+HEADER = "# node | op_type | precision | reason"
+# What ONNX Runtime 1.31 appends to a node's name when it fuses or moves it.
+SUFFIX = re.compile(r"(_token_\d+|_nchwc|_quant|_(De)?[Qq]uantizeLinear)+$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One line of the plan."""
+
+    op_type: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained:
+    """One node as it ran, and the plan's line for it; None where ONNX Runtime made the node itself."""
+
+    kernel: Kernel
+    planned: Planned | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Every node in order of execution, under the sums of runtime.Kernels."""
+
+    integer_macs: float
+    macs: int
+    ms: float
+    nodes: tuple[Explained, ...]
+
+
+def explain(bundle: Bundle) -> Explanation:
+    """Trace the bundle on its probe's first batch and put the plan's precision and reason beside each kernel."""
+    ran = kernels(bundle)
+    plan = read_plan(bundle.path / PLAN) if PLAN in bundle.manifest.files else {}
+    nodes = tuple(Explained(kernel=kernel, planned=plan.get(SUFFIX.sub("", kernel.node))) for kernel in ran.kernels)
+    return Explanation(integer_macs=ran.integer_macs, macs=ran.macs, ms=ran.ms, nodes=nodes)
+
+
+def read_plan(path: Path) -> Mapping[str, Planned]:
+    """Read plan.txt: node name -> its line.
+
+    Raises:
+        BundleError: another header, or a line that has not four fields.
+    """
+    header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    if header != HEADER:
+        raise BundleError(f"{path}:1", path=str(path), found=header[:80], expected=HEADER)
+    plan: dict[str, Planned] = {}
+    for number, line in enumerate(lines, start=2):
+        fields = line.split(" | ", 3)
+        if len(fields) != 4:
+            raise BundleError(f"{path}:{number}", path=str(path), found=line[:80], expected="four fields between ' | '")
+        node, op_type, precision, reason = fields
+        plan[node] = Planned(op_type=op_type, precision=precision, reason=reason)
+    return plan

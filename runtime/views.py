@@ -1,0 +1,120 @@
+"""Our values as text for a terminal of 80 columns. Drift is never shown without the share of integer MACs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from runtime.bench import Timing
+from runtime.explain import Explanation
+from runtime.gate import Verdict, coverage, device_text
+from runtime.manifest import canonical
+
+WIDTH = 80
+Array = NDArray[Any]
+
+
+def show(view: RenderableType) -> None:
+    """Print a view, at most 80 columns wide, in colour only on a terminal."""
+    console = Console(highlight=False, soft_wrap=False)
+    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    console.print(view)
+
+
+def verdict(value: Verdict, name: str) -> RenderableType:
+    """The verdict, its limits, the drift of each output."""
+    parts: list[RenderableType] = [
+        Text(f"{name}: {'met' if value.met else 'NOT MET'}", style="bold green" if value.met else "bold red"),
+        Text(f"{coverage(value.integer_macs)}; {device_text(value)}"),
+    ]
+    if value.lines:
+        limits = _table("limit", "found", "limit is", "met")
+        for line in value.lines:
+            met = Text("yes") if line.met else Text("NO", style="bold red")
+            limits.add_row(middle(line.what, 40), f"{line.found:.6g}", f"{line.limit:.6g}", met)
+        parts.append(limits)
+    outputs = _table("output", "SNR dB", "cosine", "max abs", "same top-1", "integer MACs")
+    for o in value.drift.outputs:
+        top1 = "" if o.same_top1 is None else _percent(o.same_top1)
+        row = (f"{o.snr_db:.2f}", f"{o.cosine:.6f}", f"{o.max_abs:.4g}", top1, _percent(value.integer_macs))
+        outputs.add_row(middle(o.name, 20), *row)
+    return Group(*parts, outputs)
+
+
+def timing(value: Timing, name: str) -> RenderableType:
+    """The medians and their ratio, and under which circumstances."""
+    table = _table("", "median ms")
+    table.add_row("int8", f"{value.int8_ms:.3f}")
+    table.add_row("fp32", "left off" if value.fp32_ms is None else f"{value.fp32_ms:.3f}")
+    speed = "" if value.ratio is None else f": int8 is {value.ratio:.2f}x as fast as fp32"
+    threads = "ONNX Runtime's choice of threads" if value.threads is None else f"threads {value.threads}"
+    foot = f"{value.cpu}, {threads}, {value.rounds} rounds in turn, onnxruntime {value.onnxruntime}"
+    return Group(Text(f"{name}{speed}", style="bold"), table, Text(foot))
+
+
+def explanation(value: Explanation, name: str) -> RenderableType:
+    """Every node as it ran; the plan's reason where it has one."""
+    head = f"{name}: {coverage(value.integer_macs)} ({value.macs / 1e6:.3f} M MACs, {value.ms:.3f} ms in nodes)"
+    table = _table("node", "kernel", "types", "ms", "M MACs", "plan")
+    for node in value.nodes:
+        kernel, planned = node.kernel, node.planned
+        style = "green" if kernel.integer else "yellow" if kernel.macs else ""
+        plan = f"{planned.precision}: {planned.reason}" if planned else ""
+        macs = f"{kernel.macs / 1e6:.3f}" if kernel.macs else ""
+        names = (middle(kernel.node, 18), Text(middle(kernel.kernel, 16), style=style), kernel.types)
+        table.add_row(*names, f"{kernel.ms:.3f}", macs, plan)
+    return Group(Text(head, style="bold"), table)
+
+
+def outputs(values: Mapping[str, Array]) -> RenderableType:
+    """What came out of a run: one line per output."""
+    table = _table("output", "dtype", "shape", "min", "mean", "max")
+    for name, array in values.items():
+        row = [f"{f(array):.6g}" for f in (np.min, np.mean, np.max)] if array.size else ["", "", ""]
+        table.add_row(middle(name, 24), str(array.dtype), "x".join(map(str, array.shape)), *row)
+    return table
+
+
+def outputs_json(values: Mapping[str, Array]) -> str:
+    """The same for machines: dtype, shape and all values in C order, where NaN and ±inf are strings."""
+    tables = {
+        name: {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "values": [_strict(v) for v in array.ravel().tolist()],
+        }
+        for name, array in values.items()
+    }
+    return canonical(tables)
+
+
+def middle(name: str, width: int) -> str:
+    """A name of at most `width` characters, its middle left out: both ends of a node's name tell it from its neighbours."""
+    if len(name) <= width:
+        return name
+    left = (width - 1) // 2
+    return f"{name[:left]}…{name[len(name) - (width - 1 - left) :]}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        text = column in ("kernel", "types", "plan", "dtype", "shape", "met") or number == 0
+        table.add_column(column, justify="left" if text else "right", no_wrap=column not in ("plan",))
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _strict(value: float) -> float | str:
+    return "nan" if math.isnan(value) else value
