@@ -48,7 +48,7 @@ def measure(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) ->
     With r the reference, c the candidate and e = r - c over all elements of all batches:
 
         snr_db    = 20 log10(‖r‖ / ‖e‖)         inf when e = 0; -inf when r = 0 and e != 0
-        cosine    = r·c / (‖r‖ ‖c‖)             1 when both are 0, 0 when one is
+        cosine    = r·c / (‖r‖ ‖c‖)             1 when e = 0; 0 when only one of r, c is 0
         max_abs   = max |e|, mean_abs = mean |e|
         same_top1 = share of rows with argmax r = argmax c; only for float outputs [rows, columns >= 2], else None
 
@@ -120,7 +120,7 @@ class _Sums:
         return OutputDrift(
             name=name,
             snr_db=_snr_db(self.rr, self.ee),
-            cosine=_cosine(self.rr, self.cc, self.rc),
+            cosine=1.0 if self.ee == 0 else _cosine(self.rr, self.cc, self.rc),
             max_abs=self.abs_max,
             mean_abs=self.abs_sum / self.elements if self.elements else 0.0,
             same_top1=self.same_rows / self.rows if self.class_like and self.rows else None,
@@ -155,8 +155,6 @@ def _snr_db(rr: float, ee: float) -> float:
 
 
 def _cosine(rr: float, cc: float, rc: float) -> float:
-    if rr == 0.0 and cc == 0.0:
-        return 1.0
     if rr == 0.0 or cc == 0.0 or math.isinf(cc):
         return 0.0
     return max(-1.0, min(1.0, rc / (math.sqrt(rr) * math.sqrt(cc))))
