@@ -87,7 +87,7 @@ def _trained() -> nn.Module:
 def source() -> exporter.Source:
     example = _scans()[0][TEST : TEST + 1]
     return exporter.from_module(
-        _trained(), inputs={"image": example}, outputs=["logits"], dynamic={"image": {0: "batch"}}
+        _trained(), inputs={"image": example}, outputs=["logits"], dynamic={"image": {0: "batch"}}, name="digits"
     )
 
 

@@ -56,7 +56,7 @@ def source() -> exporter.Source:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     example = np.zeros((1, 3, SIDE, SIDE), np.float32)
     return exporter.from_module(
-        network.eval(), inputs={"image": example}, outputs=["logits"], dynamic={"image": {0: "batch"}}
+        network.eval(), inputs={"image": example}, outputs=["logits"], dynamic={"image": {0: "batch"}}, name="lite0"
     )
 
 

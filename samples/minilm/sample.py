@@ -48,6 +48,7 @@ def source() -> exporter.Source:
         inputs=_encoded(["A cat sat on the mat.", "It rained."]),
         outputs=["embedding"],
         dynamic={"input_ids": axes, "attention_mask": axes},
+        name="minilm",
     )
 
 
