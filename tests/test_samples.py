@@ -1,7 +1,7 @@
 """Every sample, end to end: exported as its README says, then held against the numbers in its expected.json.
 
-A number that moves out of its tolerance fails, for better too: the README quotes it. UPDATE_EXPECTED=1 writes the numbers anew; the change is
-reviewed like any other.
+A number that moves out of its tolerance fails, for better too: the README quotes it. UPDATE_EXPECTED=1 writes the
+numbers anew; the change is reviewed like any other.
 """
 
 from __future__ import annotations
@@ -174,11 +174,9 @@ def _write(record: Path, found: dict[str, float], bundle: runtime.Bundle) -> Non
     """Record `found`, keeping the tolerances that the file has; speed goes in beside it and is never compared."""
     old = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"numbers": {}}
     timing = runtime.bench(bundle, rounds=100)
+    kept = {key: line["tolerance"] for key, line in old["numbers"].items()}
     numbers = {
-        key: {
-            "value": _rounded(value),
-            "tolerance": old["numbers"].get(key, {}).get("tolerance", _tolerance(key, value)),
-        }
+        key: {"value": _rounded(value), "tolerance": kept.get(key, _tolerance(key, value))}
         for key, value in found.items()
     }
     speed = {"fp32_over_int8": round(timing.ratio or 0.0, 2), "threads": timing.threads, "cpu": timing.cpu}

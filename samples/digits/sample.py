@@ -1,6 +1,6 @@
-"""Handwritten digits: a small residual CNN, trained here from a fixed seed on the 1,797 real scans that scikit-learn ships.
+"""Handwritten digits: a small residual CNN, trained from a fixed seed on the 1,797 real scans that scikit-learn ships.
 
-source() -> the trained network; calibration(), heldout() -> one scan a batch; evaluate(run) -> accuracy on scans nobody else has seen.
+source() -> the trained network; calibration(), heldout() -> one scan a batch; evaluate(run) -> accuracy on others.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _trained() -> nn.Module:
-    """The network after EPOCHS epochs: AdamW under a one-cycle rate. One thread, so sums have one order and weights one value.
+    """The network after EPOCHS epochs: AdamW under a one-cycle rate.
 
-    Leaves torch's random state and thread count as they were.
+    On one thread, so that sums have one order and the weights one value on a kind of CPU. Leaves torch's random state
+    and thread count as they were.
     """
     images, digits = (torch.from_numpy(rows[TEST + HELDOUT :]) for rows in _scans())
     threads = torch.get_num_threads()

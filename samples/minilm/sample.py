@@ -1,7 +1,7 @@
-"""all-MiniLM-L6-v2 from PyPI: a sentence becomes 384 numbers of length one, and sentences of one meaning lie close together.
+"""all-MiniLM-L6-v2 from PyPI: a sentence becomes 384 numbers, and sentences of one meaning lie close together.
 
-source() -> BertModel, mean pooling, normalisation; calibration(), heldout() -> padded batches of prose; evaluate(run) -> paraphrases found.
-The prose and the pairs beside this file were written for it.
+source() -> BertModel, mean pooling, normalisation; calibration(), heldout() -> padded batches of prose;
+evaluate(run) -> paraphrases found. The prose and the pairs beside this file were written for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Encoder(torch.nn.Module):
-    """Mean of the last hidden states over the real tokens, divided by its Euclidean length: [batch, length] -> [batch, 384]."""
+    """Mean of the last hidden states over the real tokens, of Euclidean length 1: [batch, length] -> [batch, 384]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,9 +61,9 @@ def heldout() -> Iterator[Batch]:
 
 
 def evaluate(run: Callable[[Batch], Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """How well each of the 64 sentences of pairs.tsv finds its own paraphrase among all 64; four pairs each share a subject.
+    """How well each of the 64 sentences of pairs.tsv finds its paraphrase among all 64; four pairs share a subject.
 
-    paraphrase_top1: share of the sentences whose paraphrase is the nearest. paraphrase_mrr: mean of 1 / rank of the paraphrase.
+    paraphrase_top1: share of the sentences whose paraphrase is the nearest. paraphrase_mrr: mean of 1 / its rank.
     """
     lines = (HERE / "pairs.tsv").read_text(encoding="utf-8").splitlines()
     sentences, paraphrases = zip(*(line.split("\t") for line in lines), strict=True)
@@ -78,7 +78,7 @@ def _embedded(run: Callable[[Batch], Mapping[str, np.ndarray]], sentences: Seque
 
 
 def _batches(path: Path) -> Iterator[Batch]:
-    """Three batches a paragraph: all of it; its sentences, padded; all of it above its first sentence, which is mostly padding."""
+    """Three batches a paragraph: all of it; its sentences, padded; all of it and its first one, mostly padding."""
     blank = itertools.groupby(path.read_text(encoding="utf-8").splitlines(), key=bool)
     for sentences in (list(lines) for written, lines in blank if written):
         whole = " ".join(sentences)
