@@ -13,8 +13,8 @@ from runtime.kernels import Kernel, kernels
 
 PLAN = "plan.txt"
 HEADER = "# node | op_type | precision | reason"
-# What ONNX Runtime 1.31 appends to a node's name when it fuses or moves it.
-SUFFIX = re.compile(r"(_token_\d+|_nchwc|_quant|_(De)?[Qq]uantizeLinear)+$")
+# What ONNX Runtime 1.31 puts around a node's name when it fuses or moves it.
+ADDED = re.compile(r"^(fused )+|(_token_\d+|_nchwc|_quant|/\w*Fusion/?)+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ def explain(bundle: Bundle) -> Explanation:
     """Trace the bundle on its probe's first batch and put the plan's precision and reason beside each kernel."""
     ran = kernels(bundle)
     plan = read_plan(bundle.path / PLAN) if PLAN in bundle.manifest.files else {}
-    nodes = tuple(Explained(kernel=kernel, planned=plan.get(SUFFIX.sub("", kernel.node))) for kernel in ran.kernels)
+    nodes = tuple(Explained(kernel=kernel, planned=plan.get(ADDED.sub("", kernel.node))) for kernel in ran.kernels)
     return Explanation(integer_macs=ran.integer_macs, macs=ran.macs, ms=ran.ms, nodes=nodes)
 
 

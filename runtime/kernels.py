@@ -37,7 +37,7 @@ MATMUL = {
     **{name: 3 for name in ("QLinearMatMul", "QGemm")},
 }
 RECURRENT = {"LSTM": 1, "GRU": 1, "RNN": 1, "DynamicQuantizeLSTM": 1}
-ATTENTION = {"Attention": 1, "QAttention": 1}
+ATTENTION = {"Attention": 1, "QAttention": 1, "MultiHeadAttention": 1}
 OTHER = {"ConvTranspose": 1, "MatMulNBits": 1}
 WEIGHT = {**CONV, **MATMUL, **RECURRENT, **ATTENTION, **OTHER}
 INTEGER = frozenset(
@@ -47,6 +47,7 @@ INTEGER = frozenset(
 SHORT = {"float": "f32", "double": "f64", "float16": "f16", "bfloat16": "bf16", "bool": "bool"} | {
     f"{sign}int{bits}": f"{'u' if sign else 's'}{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)
 }
+CONTAINERS = frozenset({"Loop", "Scan", "If"})  # their time is their bodies', whose nodes are listed too
 NCHWC, EVENT = "_nchwc", "_kernel_time"
 LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
 
@@ -82,7 +83,7 @@ class Kernels:
     @property
     def ms(self) -> float:
         """Sum of the nodes' median milliseconds: a little less than one run, which has gaps between nodes."""
-        return math.fsum(kernel.ms for kernel in self.kernels)
+        return math.fsum(kernel.ms for kernel in self.kernels if kernel.kernel not in CONTAINERS)
 
 
 def kernels(bundle: Bundle, inputs: Mapping[str, Array] | None = None) -> Kernels:
@@ -108,7 +109,7 @@ def trace(
         ConvTranspose in * prod(W[1:])                  W is [C, M/group, kernel...]
         MatMul, Gemm  out * K
         LSTM, GRU,... steps * batch * prod(W) + steps * batch * prod(R)     W, R over directions, gates, hidden
-        Attention     tokens * prod(W) + 2 * batch * queries * keys * hidden
+        Attention     2 * elements of Q * keys, and elements of X * columns of W where it projects by itself
         all others    0: they move or combine elements
 
     Args:
@@ -239,6 +240,8 @@ def _macs(event: _Event) -> int:
     if at is None or at >= len(event.inputs) or not event.outputs:
         return 0
     x, w, y = event.inputs[0][1], event.inputs[at][1], event.outputs[0][1]
+    if event.name.endswith(f"_bn{NCHWC}"):  # a BatchNormalization, which NCHWc runs as a 1x1 depthwise Conv
+        return 0
     if kernel in CONV:
         return math.prod(y) * math.prod(w[1:])
     if kernel == "ConvTranspose":
@@ -248,8 +251,9 @@ def _macs(event: _Event) -> int:
     if kernel in RECURRENT:
         r = event.inputs[at + 1][1]
         return x[0] * x[1] * (math.prod(w) + math.prod(r))
-    if kernel in ATTENTION:
-        batch, queries, hidden = y
-        return batch * queries * math.prod(w) + 2 * batch * queries * queries * hidden
+    if kernel in ATTENTION and len(w) > 2:  # Q [batch, queries, hidden] or [batch, heads, queries, size], and K alike
+        return 2 * math.prod(x) * w[-2]
+    if kernel in ATTENTION:  # X [batch, tokens, features] and W [features, 3 * hidden]
+        return math.prod(x) * w[-1] + 2 * math.prod(y) * x[1]
     columns = y[-1] if len(w) > 1 and y else 1
     return math.prod(y) * (math.prod(w[-2:]) // (columns or 1))

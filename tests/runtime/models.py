@@ -83,7 +83,12 @@ def classifier() -> onnx.ModelProto:
 def pair_sum() -> onnx.ModelProto:
     """left, right [rows, 4] -> sum [rows, 4]: two inputs that share a named dimension."""
     shape: list[int | str] = ["rows", 4]
-    return build([helper.make_node("Add", ["left", "right"], ["sum"], "add")], {"left": shape, "right": shape}, {"sum": shape}, {})
+    return build(
+        [helper.make_node("Add", ["left", "right"], ["sum"], "add")],
+        {"left": shape, "right": shape},
+        {"sum": shape},
+        {},
+    )
 
 
 def images(seed: int, batches: int, size: int = 2) -> Iterator[dict[str, Array]]:
