@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx
+import pytest
+
+import runtime
+from runtime import manifest as manifests
+from runtime.errors import BundleError, InputError, PacklightError
+from runtime.manifest import Budget, Tensor
+from tests.runtime import models
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_folder: Path) -> runtime.Bundle:
+    return runtime.load(bundle_folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def pair(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> runtime.Bundle:
+    """A bundle with two inputs that share a named dimension."""
+    folder = tmp_path_factory.mktemp("pair")
+    onnx.save(models.pair_sum(), folder / manifests.INT8)
+    (folder / manifests.PROBE).write_bytes((bundle_folder / manifests.PROBE).read_bytes())
+    about = manifests.Manifest(
+        name="pair",
+        target="portable",
+        inputs=tuple(Tensor(name=name, dtype="float32", shape=("rows", 4)) for name in ("left", "right")),
+        outputs=(Tensor(name="sum", dtype="float32", shape=("rows", 4)),),
+        files={},
+    )
+    models.seal(folder, about)
+    return runtime.load(folder)
+
+
+def rows(count: int, dtype: type = np.float32) -> models.Array:
+    return np.ones((count, 4), dtype)
+
+
+def test_run_gives_the_bits_of_bare_onnxruntime(bundle: runtime.Bundle) -> None:
+    for probe in bundle.probes():
+        expected = models.run(bundle.path / manifests.INT8, probe.inputs)
+        np.testing.assert_array_equal(bundle.run(probe.inputs)["logits"], expected["logits"], strict=True)
+
+
+def test_any_size_of_a_named_dimension_runs(bundle: runtime.Bundle) -> None:
+    for size in (1, 5):
+        assert bundle.run(next(models.images(0, 1, size)))["logits"].shape == (size, models.CLASSES)
+
+
+def test_attributes_say_what_was_opened(bundle: runtime.Bundle, bundle_folder: Path) -> None:
+    assert (bundle.path, bundle.threads, bundle.manifest.name) == (bundle_folder, 1, "tiny")
+    assert bundle.providers == ("CPUExecutionProvider",)
+    assert repr(bundle).endswith("name='tiny', target='x86-vnni')")
+
+
+def test_lists_are_taken_as_arrays_but_never_converted(pair: runtime.Bundle) -> None:
+    with pytest.raises(InputError, match="input left: found float64, expected float32; convert it with astype"):
+        pair.run({"left": [[1.0] * 4], "right": rows(1)})  # type: ignore[dict-item]
+
+
+def test_missing_and_unknown_names_are_refused(pair: runtime.Bundle) -> None:
+    with pytest.raises(InputError, match="input is missing: found left, expected right") as missing:
+        pair.run({"left": rows(1)})
+    with pytest.raises(InputError, match="input is unknown: found middle, expected left, right") as unknown:
+        pair.run({"left": rows(1), "middle": rows(1), "right": rows(1)})
+    assert (missing.value.name, unknown.value.name) == ("right", "middle")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32])
+def test_another_dtype_is_refused(pair: runtime.Bundle, dtype: type) -> None:
+    with pytest.raises(InputError, match=f"input right: found {np.dtype(dtype)}, expected float32"):
+        pair.run({"left": rows(1), "right": rows(1, dtype)})
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 1, 4), (1, 5), ()])
+def test_another_rank_or_size_is_refused(pair: runtime.Bundle, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError) as refusal:
+        pair.run({"left": np.ones(shape, np.float32), "right": rows(1)})
+    assert str(refusal.value).startswith(f"input left: found shape {list(shape)}, expected ['rows', 4]")
+
+
+def test_one_named_dimension_has_one_size(pair: runtime.Bundle) -> None:
+    with pytest.raises(InputError, match=r"input right: found shape \[3, 4\], expected \['rows', 4\] with rows=2"):
+        pair.run({"left": rows(2), "right": rows(3)})
+
+
+def test_probe_of_other_tensors_is_refused(pair: runtime.Bundle) -> None:
+    with pytest.raises(BundleError, match=r"probe.npz: found tensors \['image'\], expected \['left', 'right'\]"):
+        pair.probes()
+
+
+def test_failure_inside_onnxruntime_is_our_error(bundle_folder: Path, own_bundle: Path) -> None:
+    gather = onnx.helper.make_node("Gather", ["table", "image"], ["logits"], "gather")
+    model = models.build(
+        [gather],
+        {"image": ["batch"]},
+        {"logits": ["batch", 2]},
+        {"table": models.noise(np.random.default_rng(0), 3, 2)},
+    )
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    onnx.save(model, own_bundle / manifests.INT8)
+    about = models.manifest(Budget())
+    about = manifests.Manifest(
+        name=about.name,
+        target=about.target,
+        inputs=(Tensor(name="image", dtype="int64", shape=("batch",)),),
+        outputs=(Tensor(name="logits", dtype="float32", shape=("batch", 2)),),
+        files={},
+    )
+    models.seal(own_bundle, about)
+    with pytest.raises(PacklightError, match="ONNX Runtime failed while running: found .*indices element out of data"):
+        runtime.load(own_bundle).run({"image": np.array([7])})
+
+
+@pytest.mark.parametrize(
+    ("role", "tensor"),
+    [
+        ("inputs", Tensor(name="picture", dtype="float32", shape=("batch", 3, 16, 16))),
+        ("inputs", Tensor(name="image", dtype="uint8", shape=("batch", 3, 16, 16))),
+        ("outputs", Tensor(name="logits", dtype="float32", shape=("batch",))),
+    ],
+)
+def test_model_that_is_not_the_manifests_is_refused(own_bundle: Path, role: str, tensor: Tensor) -> None:
+    about = models.manifest(Budget())
+    tensors = {"inputs": about.inputs, "outputs": about.outputs, role: (tensor,)}
+    models.seal(own_bundle, manifests.Manifest(name="tiny", target="x86-vnni", files={}, **tensors))
+    with pytest.raises(BundleError, match=rf"model.int8.onnx: found {role} .*\(dtype, rank\) of the manifest"):
+        runtime.load(own_bundle)
+
+
+def test_fp32_model_may_be_left_off_and_no_other_file(own_bundle: Path) -> None:
+    (own_bundle / manifests.FP32).unlink()
+    assert runtime.load(own_bundle).manifest.files.keys() > {manifests.FP32}
+    (own_bundle / "plan.txt").unlink()
+    with pytest.raises(BundleError, match=r"plan.txt: found nothing, expected a file"):
+        runtime.load(own_bundle)
+
+
+def test_run_adds_at_most_20_microseconds_to_bare_onnxruntime(pair: runtime.Bundle) -> None:
+    feed = {"left": rows(2), "right": rows(2)}
+    times: tuple[list[float], list[float]] = ([], [])
+    turns = (lambda: pair.run(feed), lambda: pair._session.run(None, feed))
+    for _ in range(2000):
+        for turn, taken in zip(turns, times, strict=True):
+            start = time.perf_counter()
+            turn()
+            taken.append(time.perf_counter() - start)
+    assert (median(times[0]) - median(times[1])) * 1e6 <= 20

@@ -1,0 +1,159 @@
+"""The commands through runtime.cli.main, as a shell sees them: exit status, stdout, stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+
+import runtime
+from runtime import cli
+from runtime.errors import PacklightError
+from runtime.manifest import Budget, canonical
+from tests.runtime import models
+
+Captured = pytest.CaptureFixture[str]
+
+
+def call(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(arg) for arg in args])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def strict_bundle(own_bundle: Path) -> Path:
+    """A bundle whose budget cannot be met."""
+    models.seal(own_bundle, models.manifest(Budget(min_snr_db=200.0)))
+    return own_bundle
+
+
+def test_check_exits_0_when_met_and_1_when_not(bundle_folder: Path, strict_bundle: Path, capsys: Captured) -> None:
+    assert call("check", bundle_folder, "--threads", 1) == 0
+    assert capsys.readouterr().out.startswith("tiny: met\n")
+    assert call("check", strict_bundle) == 1
+    assert capsys.readouterr().out.startswith("tiny: NOT MET\n")
+
+
+def test_check_writes_the_files_it_is_asked_for_also_when_not_met(strict_bundle: Path, tmp_path: Path) -> None:
+    assert call("check", strict_bundle, "--junit", tmp_path / "p.xml", "--markdown", tmp_path / "p.md") == 1
+    assert ET.parse(tmp_path / "p.xml").getroot().get("failures") == "1"
+    assert (tmp_path / "p.md").read_text().startswith("## tiny: not met\n")
+
+
+def test_check_json_is_the_verdict_of_the_api(bundle_folder: Path, capsys: Captured) -> None:
+    assert call("check", bundle_folder, "--json", "--threads", 1) == 0
+    assert capsys.readouterr().out == runtime.check(runtime.load(bundle_folder, threads=1)).to_json()
+
+
+def test_bench_json_is_the_timing_of_the_api(bundle_folder: Path, capsys: Captured) -> None:
+    assert call("bench", bundle_folder, "--rounds", 2, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == runtime.Timing.__dataclass_fields__.keys()
+    assert (found["rounds"], found["threads"]) == (2, 1)
+
+
+def test_bench_says_the_ratio_first(bundle_folder: Path, capsys: Captured) -> None:
+    assert call("bench", bundle_folder, "--rounds", 2) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("x as fast as fp32")
+
+
+def test_run_reads_and_writes_arrays(bundle_folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    inputs = next(models.images(5, 1))
+    np.savez(tmp_path / "in.npz", **inputs)
+    assert call("run", bundle_folder, tmp_path / "in.npz", "--out", tmp_path / "out.npz", "--json") == 0
+    expected = runtime.load(bundle_folder).run(inputs)["logits"]
+    with np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_array_equal(found["logits"], expected, strict=True)
+    assert json.loads(capsys.readouterr().out)["logits"]["values"] == expected.ravel().tolist()
+
+
+def test_explain_leads_with_the_share_and_lists_every_node(bundle_folder: Path, capsys: Captured) -> None:
+    assert call("explain", bundle_folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny: 100.0 % of MACs in integer kernels (0.429 M MACs, ")
+    assert any(line.startswith("head") and "QGemm" in line and "u8s8" in line for line in lines)
+    assert call("explain", bundle_folder, "--json") == 0
+    nodes = json.loads(capsys.readouterr().out)["nodes"]
+    assert sum(node["kernel"]["macs"] for node in nodes) == 2 * models.CLASSIFIER_MACS
+
+
+def test_what_could_not_run_is_one_line_on_stderr_and_2(tmp_path: Path, bundle_folder: Path, capsys: Captured) -> None:
+    assert call("check", tmp_path / "none") == 2
+    assert call("run", bundle_folder, tmp_path / "none.npz") == 2
+    assert call("check", bundle_folder, "--junit", tmp_path / "no" / "folder.xml") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 3
+
+
+@pytest.mark.parametrize("args", [["chekc"], ["check"], ["check", "x", "--speed"], ["bench", "x", "--threads", "0"]])
+def test_wrong_usage_is_2(args: list[str]) -> None:
+    assert call(*args) == 2
+
+
+@pytest.mark.parametrize("command", ["check", "bench", "run", "explain"])
+def test_help_teaches_with_an_example(command: str, capsys: Captured) -> None:
+    assert call(command, "--help") == 0
+    assert f"Example: packlight {command} build/lite0" in capsys.readouterr().out
+
+
+def test_help_lists_the_exporters_commands_too(capsys: Captured) -> None:
+    assert call("--help") == 0
+    text = capsys.readouterr().out
+    for command in ("export", "demo", "check", "bench", "run", "explain"):
+        assert f" {command} " in text
+
+
+def given(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    point = EntryPoint("export", target, cli.COMMANDS)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [point])
+
+
+exporter_app = typer.Typer()
+
+
+@exporter_app.command()
+def _export(source: str, target: str = "portable") -> None:
+    if source == "bad":
+        raise PacklightError("source", found=source)
+    typer.echo(f"{source} for {target}")
+
+
+def test_export_is_forwarded_with_all_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    given(monkeypatch, f"{__name__}:exporter_app")
+    assert call("export", "samples/lite0", "--target", "arm64") == 0
+    assert call("export", "--help") == 0
+    assert call("export", "bad") == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("samples/lite0 for arm64\n")
+    assert "Usage: packlight export" in out and "--target" in out
+    assert err == "error: source: found bad\n"
+
+
+def test_export_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    given(monkeypatch, "no_such_package_of_ours:app")
+    assert call("export", "samples/lite0") == 2
+    assert capsys.readouterr().err == (
+        "error: packlight export is not installed here: found No module named 'no_such_package_of_ours'; "
+        "pip install 'packlight[export]'\n"
+    )
+
+
+def test_module_is_the_command(bundle_folder: Path) -> None:
+    command = [sys.executable, "-m", "runtime", "check", str(bundle_folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("tiny: met\n")
+
+
+def test_canonical_bench_round_trips(bundle_folder: Path) -> None:
+    timing = runtime.bench(runtime.load(bundle_folder, threads=1), rounds=1)
+    assert runtime.Timing(**json.loads(canonical(timing))) == timing

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import runtime
+
+PUBLIC = {"Bundle", "BundleError", "Drift", "DriftExceeded", "InputError", "Kernels", "PacklightError", "Timing"} | {
+    *("Verdict", "bench", "check", "kernels", "load"),
+}
+
+
+def test_public_names_are_exactly_these() -> None:
+    assert set(runtime.__all__) == PUBLIC
+    assert runtime.__all__ == sorted(runtime.__all__)
+
+
+def test_verbs_are_functions_and_not_the_modules_of_their_name() -> None:
+    assert all(inspect.isfunction(getattr(runtime, name)) for name in ("bench", "check", "kernels", "load"))
+
+
+def test_importing_runtime_loads_nothing_heavy() -> None:
+    code = "import runtime, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "onnx", "typer", "rich", "click", "exporter", "optimum"} & set(loaded)
+    assert {"numpy", "onnxruntime"} <= set(loaded)
