@@ -1,0 +1,265 @@
+"""Graph + rules + Target -> Plan: each node int8 or float, and why.
+
+Layers (Conv, Gemm, MatMul) hold the MACs and are int8 wherever an integer kernel exists. Around them placement is the
+cheapest plan under the target's measured costs. It is a minimum cut: every node stands on the int8 or the float side, a
+node pays for its kernel on its side, and a tensor that crosses pays for a QuantizeLinear or a DequantizeLinear, once
+however many nodes read it. So an Add between two int8 Conv is int8, and the same Add before a LayerNormalization is not.
+
+Rounding costs accuracy, which has no nanoseconds: an int8 kernel that rounds where float would not pays for one more
+QuantizeLinear. MatMul and Gemm count as makers of real numbers: their integer kernels can write float.
+
+Source: minimum cut as an exact optimum for two labels, Greig et al. 1989; solved by networkx.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import networkx as nx
+import numpy as np
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.errors import RecipeError
+from exporter.graph import Shape
+from exporter.recipe import Rule
+from exporter.target import NO_KERNEL, Cost, Target
+
+Precision = Literal["int8", "float"]
+# Layers whose integer kernel writes float as well as codes: their output needs no DequantizeLinear of its own
+FLOAT_OUTPUT = ("MatMul", "Gemm")
+REMOVABLE = ("Relu", "Clip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One line of the plan. macs is for the observed batch."""
+
+    node: str
+    op_type: str
+    precision: Precision
+    reason: str
+    macs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A decision for every node, in graph order, and the tensors whose ranges the int8 nodes need."""
+
+    decisions: tuple[Decision, ...]
+    tensors: tuple[str, ...]
+
+    @property
+    def int8(self) -> tuple[str, ...]:
+        return tuple(decision.node for decision in self.decisions if decision.precision == "int8")
+
+    @property
+    def float_layers(self) -> tuple[Decision, ...]:
+        """Nodes with MACs that stay float: each has its reason."""
+        return tuple(decision for decision in self.decisions if decision.precision == "float" and decision.macs)
+
+    def to_text(self) -> str:
+        lines = ["# node | op_type | precision | reason"]
+        lines += [f"{d.node} | {d.op_type} | {d.precision} | {d.reason}" for d in self.decisions]
+        return "\n".join(lines) + "\n"
+
+
+def decide(model: ir.Model, target: Target, rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
+    """Place every node of the prepared graph.
+
+    Args:
+        model: the prepared graph; every tensor has a type, every node a name.
+        target: what the CPU can do, and at what cost.
+        rules: first match wins, by node name or op_type (`*` and `?` match any text).
+        shapes: the shape of every tensor on one real batch (`graph.shapes`): sizes decide what a crossing costs.
+
+    Raises:
+        RecipeError: a rule that matches no node, or asks for int8 where there is no integer kernel.
+    """
+    nodes = graph.order(model)
+    ruled = _match(rules, nodes)
+    refused = {node: _refusal(node, target) for node in nodes}
+    for node, rule in ruled.items():
+        if rule.precision == "int8" and refused[node]:
+            raise RecipeError(
+                f"rule {rule.match!r} asks for int8",
+                found=f"{node.op_type} {node.name}: {refused[node]}",
+                expected="a node with an integer kernel",
+                where="rules",
+            )
+    chosen = _cut(nodes, target, ruled, refused, shapes)
+    decisions = tuple(
+        Decision(
+            node=node.name or "",
+            op_type=node.op_type,
+            precision="int8" if node in chosen else "float",
+            reason=_reason(node, node in chosen, ruled.get(node), refused[node], target),
+            macs=graph.macs(node, shapes),
+        )
+        for node in nodes
+    )
+    needed = dict.fromkeys(
+        value.name
+        for node in nodes
+        if node in chosen
+        for value in (*graph.activations(node), *node.outputs)
+        if value.name and value.dtype == ir.DataType.FLOAT
+    )
+    return Plan(decisions=decisions, tensors=tuple(name for name in needed if name))
+
+
+def _match(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Rule]:
+    matched: dict[ir.Node, Rule] = {}
+    for number, rule in enumerate(rules):
+        found = [n for n in nodes if fnmatchcase(n.name or "", rule.match) or fnmatchcase(n.op_type, rule.match)]
+        if not found:
+            raise RecipeError(
+                f"rule {rule.match!r} matches no node",
+                found=f"{len(nodes)} nodes such as {', '.join(repr(n.name) for n in nodes[:3])}",
+                expected="a node name or an op_type",
+                do="list the names with `packlight explain`, or delete the rule",
+                where=f"rules[{number}]",
+            )
+        for node in found:
+            matched.setdefault(node, rule)
+    return matched
+
+
+def _refusal(node: ir.Node, target: Target) -> str:
+    """Why this node cannot be int8 on the target whatever its neighbours are; empty when it can."""
+    op = node.op_type
+    if node.domain or not (op in target.layers or op in target.elementwise or op in target.movers):
+        return NO_KERNEL.get(op, f"no integer kernel for {op}")
+    first = node.inputs[0]
+    if first is None or first.dtype != ir.DataType.FLOAT:
+        return f"computes on {first.dtype.name.lower() if first is not None and first.dtype else 'no'} tensors"
+    if not graph.activations(node):
+        return "all its inputs are constant"
+    weight = graph.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if op in ("Conv", "Gemm"):
+        return _layer_refusal(node, weight)
+    if op == "MatMul":
+        if first.is_initializer():
+            return "its first factor is the constant one: the integer kernel packs the second"
+        if weight is not None and weight.ndim != 2:
+            return f"its weight has rank {weight.ndim}: the integer kernel takes one scale per column of a matrix"
+        if weight is None and not target.activations_matmul:
+            return "a product of two activations does not pay in int8"
+    if op in target.movers and first.is_initializer():
+        return "it reads a constant table"
+    if op in REMOVABLE:
+        return _removable_refusal(node)
+    return ""
+
+
+def _layer_refusal(node: ir.Node, weight: object) -> str:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if weight is None:
+        return "its weight is computed at run time"
+    if bias is not None and graph.constant(bias) is None:
+        return "its bias is computed at run time"
+    if node.op_type == "Gemm" and (node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_int("transA", 0)):
+        return "the integer kernel takes alpha = 1 and A as it is"
+    return ""
+
+
+def _removable_refusal(node: ir.Node) -> str:
+    value = node.inputs[0]
+    assert value is not None
+    producer = value.producer()
+    if producer is None or producer.op_type not in ("Conv", "Gemm", "Add", "Mul", "MatMul"):
+        return f"no integer kernel for {node.op_type}, and no layer before it to fold into"
+    if len(value.uses()) != 1 or value.is_graph_output():
+        return f"no integer kernel for {node.op_type}, and what it reads is read elsewhere too"
+    if node.op_type == "Clip":
+        low, high = (graph.constant(node.inputs[i]) if len(node.inputs) > i else None for i in (1, 2))
+        for bound, value_at in ((low, 1), (high, 2)):
+            if bound is None and len(node.inputs) > value_at and node.inputs[value_at] is not None:
+                return "its bounds are computed at run time"
+        if (low is not None and low.reshape(()) > 0) or (high is not None and high.reshape(()) < 0):
+            return "its bounds leave 0 out: codes saturate only around 0"
+    return ""
+
+
+def _cost(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Cost:
+    """Nanoseconds of the node's kernel on each side; elementwise int8 rounds its output, and pays for it."""
+    amount = max(_elements(value, shapes) for value in (*graph.activations(node), *node.outputs))
+    if node.op_type in target.movers:
+        per, rounding = target.movers[node.op_type], 0.0
+    else:
+        per, rounding = target.elementwise[node.op_type], 0.0 if node.op_type in REMOVABLE else target.quantize_ns
+    return Cost(float_ns=per.float_ns * amount, int8_ns=(per.int8_ns + rounding) * amount)
+
+
+def _elements(value: ir.Value, shapes: Mapping[str, Shape]) -> int:
+    return math.prod(shapes.get(value.name or "", ()))
+
+
+def _cut(
+    nodes: Sequence[ir.Node],
+    target: Target,
+    ruled: Mapping[ir.Node, Rule],
+    refused: Mapping[ir.Node, str],
+    shapes: Mapping[str, Shape],
+) -> set[ir.Node]:
+    """The int8 side of the minimum cut. An edge u -> v is paid when u is int8 and v is float."""
+    network = nx.DiGraph()
+    network.add_nodes_from(("int8", "float"))
+    for node in nodes:
+        rule = ruled.get(node)
+        if refused[node] or (rule is not None and rule.precision == "float"):
+            network.add_edge(node, "float")  # without a capacity: never cut
+        elif rule is not None or node.op_type in target.layers:
+            network.add_edge("int8", node)
+        else:
+            cost = _cost(node, target, shapes)
+            network.add_edge("int8", node, capacity=_picoseconds(cost.float_ns))
+            network.add_edge(node, "float", capacity=_picoseconds(cost.int8_ns))
+        if node.op_type in REMOVABLE and not refused[node]:
+            producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+            network.add_edge(node, producer)  # it folds into an int8 layer or not at all
+    values = [value for node in nodes for value in node.outputs]
+    values += dict.fromkeys(v for n in nodes for v in graph.activations(n) if v.producer() is None)
+    for value in values:
+        if value.dtype == ir.DataType.FLOAT:
+            _add_crossing(network, value, target, _elements(value, shapes))
+    side, _ = nx.minimum_cut(network, "int8", "float")[1]
+    return {node for node in nodes if network.has_node(node) and node in side}
+
+
+def _add_crossing(network: nx.DiGraph, value: ir.Value, target: Target, elements: int) -> None:
+    """The price of a tensor whose producer and readers stand on different sides, paid once."""
+    producer = value.producer()
+    maker: object = "float" if producer is None else producer
+    readers: list[object] = [*graph.consumers(value)]
+    if value.is_graph_output():
+        readers.append("float")
+    if producer is not None and producer.op_type in FLOAT_OUTPUT:
+        maker = "float"
+    quantized, dequantized = ("quantize", value), ("dequantize", value)
+    network.add_edge(quantized, maker, capacity=_picoseconds(target.quantize_ns * elements + target.crossing_ns))
+    network.add_edge(maker, dequantized, capacity=_picoseconds(target.dequantize_ns * elements + target.crossing_ns))
+    for reader in readers:
+        if maker == "float" and reader == "float":
+            continue
+        network.add_edge(reader, quantized)
+        network.add_edge(dequantized, reader)
+
+
+def _picoseconds(nanoseconds: float) -> int:
+    """Whole numbers: a minimum cut over floats may end on a rounding error."""
+    return int(np.rint(nanoseconds * 1e3))
+
+
+def _reason(node: ir.Node, chosen: bool, rule: Rule | None, refused: str, target: Target) -> str:
+    if rule is not None:
+        return f"rule {rule.match!r}: {rule.why}"
+    if chosen and node.op_type in target.layers:
+        return "integer kernel; weight int8 per channel" if len(graph.activations(node)) == 1 else "integer kernel"
+    if chosen:
+        return "folds into the layer before it" if node.op_type in REMOVABLE else "its neighbours are int8"
+    return refused or "int8 costs more here than it saves, Q/DQ included"

@@ -1,0 +1,222 @@
+"""graph + Plan + Ranges -> int8 graph. The only module that speaks ONNX Runtime's quantizer and its options.
+
+ONNX Runtime's `quantize_static` rewrites the graph with our ranges and our choice of nodes; it is never patched. What
+it cannot do is done on the graph afterwards, and then the graph is held against the plan, node by node.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
+
+from exporter import graph
+from exporter.calibrate import Ranges
+from exporter.errors import QuantizeError
+from exporter.place import FLOAT_OUTPUT, REMOVABLE, Plan
+from exporter.target import Target
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+OWN = (QUANTIZE, DEQUANTIZE)
+# bias_code = bias / (input_scale * weight_scale) must be an int32; ORT widens weight_scale where it would not be
+INT32_LIMIT = 2**31 - 1
+
+
+def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.Model:
+    """Quantize the nodes that the plan calls int8: activations uint8 per tensor, weights int8 symmetric per channel.
+
+    Args:
+        model: the prepared graph, which is not changed.
+        plan: from `place.decide` on this graph.
+        ranges: a range for each of `plan.tensors`.
+        target: whose weights are made.
+
+    Raises:
+        QuantizeError: the plan has no int8 node, ONNX Runtime refused, the result does not follow the plan, a scale
+            that float32 cannot hold, a bias that int32 cannot.
+    """
+    if not plan.int8:
+        layers = ", ".join(sorted({decision.op_type for decision in plan.float_layers})) or "none"
+        raise QuantizeError(
+            "nothing to quantize", found=f"layers {layers}, all float: {_first_reason(plan)}", expected="an int8 node"
+        )
+    quantized = _rewrite(model, plan, ranges, target)
+    _read_real_values(quantized, model, plan)
+    _check_plan(quantized, model, plan)
+    _check_numbers(quantized, model)
+    return quantized
+
+
+def _first_reason(plan: Plan) -> str:
+    return plan.float_layers[0].reason if plan.float_layers else "no layers"
+
+
+def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.Model:
+    given = ir.serde.serialize_model(model)
+    given.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # ORT then knows that shapes are inferred
+    op_types = sorted({decision.op_type for decision in plan.decisions if decision.precision == "int8"})
+    with tempfile.TemporaryDirectory(prefix="packlight-") as folder, _quiet():
+        cache, out = Path(folder) / "ranges.json", Path(folder) / "int8.onnx"
+        save_tensors_data(
+            TensorsData(
+                CalibrationMethod.MinMax,
+                {
+                    name: TensorData(lowest=np.float32(r.low), highest=np.float32(r.high))
+                    for name, r in ranges.tensors.items()
+                },
+            ),
+            cache,
+        )
+        try:
+            quantize_static(
+                given,
+                out,
+                None,
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=op_types,
+                nodes_to_quantize=list(plan.int8),
+                per_channel=True,
+                reduce_range=target.reduce_range,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                calibration_cache_path=cache,
+                # a mover that the plan calls int8 is int8 even where nothing before it is
+                extra_options={"ForceQuantizeNoInputCheck": True},
+            )
+        except Exception as error:  # the quantizer raises ValueError, KeyError, TypeError, AssertionError, RuntimeError
+            raise QuantizeError(
+                "ONNX Runtime's quantizer refused the graph",
+                found=f"{type(error).__name__}: {str(error)[:200]}",
+                do="keep the node it names float with a rule, and report the model to us",
+            ) from error
+        return ir.serde.deserialize_model(onnx.load(out))
+
+
+def _read_real_values(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
+    """Let float readers read a tensor before its rounding, wherever it exists in float anyway.
+
+    x -> QuantizeLinear -> DequantizeLinear -> {int8 node, float node}   becomes   float node reads x,
+    when x is a graph input, or made by a float node, or by a MatMul or Gemm, whose integer kernels write float.
+    It is closer to FP32 and spares a DequantizeLinear. A Conv must not: its kernel writes codes alone.
+    """
+    int8 = set(plan.int8)
+    makers = {value.name: node for node in model.graph for value in node.outputs}
+    for dequantize in [node for node in quantized.graph if node.op_type == DEQUANTIZE]:
+        quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
+        if quantize is None or quantize.op_type != QUANTIZE or quantize.inputs[0] is None:
+            continue
+        real, rounded = quantize.inputs[0], dequantize.outputs[0]
+        maker = makers.get(_original(real, rounded))
+        if maker is not None and maker.name in int8 and maker.op_type not in FLOAT_OUTPUT:
+            continue
+        for usage in list(rounded.uses()):
+            if usage.node.op_type not in OWN and usage.node.name not in int8:
+                usage.node.replace_input_with(usage.idx, real)
+        if rounded.is_graph_output():
+            name = rounded.name
+            quantized.graph.outputs[quantized.graph.outputs.index(rounded)] = real
+            rounded.name, real.name = f"{name}_rounded", name
+            real.type, real.shape = rounded.type, rounded.shape
+    RemoveUnusedNodesPass()(quantized)
+
+
+def _original(real: ir.Value, rounded: ir.Value) -> str | None:
+    """The tensor's name in the prepared graph: ORT renames what feeds a QuantizeLinear only at graph outputs."""
+    return rounded.name if rounded.is_graph_output() else real.name
+
+
+def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
+    """Each int8 node stands between DequantizeLinear and, but for MatMul and Gemm, QuantizeLinear; no float node
+    reads a rounded tensor that exists in float; every node of the prepared graph is there (Relu, Clip may be folded).
+    """
+    found = {node.name: node for node in quantized.graph if node.op_type not in OWN}
+    for decision in plan.decisions:
+        node = found.get(decision.node)
+        if node is None:
+            if decision.precision == "int8" and decision.op_type in REMOVABLE:
+                continue
+            raise QuantizeError(f"{decision.op_type} {decision.node}: gone from the int8 graph", node=decision.node)
+        if decision.precision == "float":
+            continue
+        reads = [v for v in node.inputs if v is not None and v.dtype in (ir.DataType.FLOAT, None) and not _is_shape(node, v)]
+        bare = [v.name for v in reads if v.producer() is None or _producer_type(v) != DEQUANTIZE]
+        writes = [] if node.op_type in FLOAT_OUTPUT else [v for v in node.outputs if v.uses() or v.is_graph_output()]
+        raw = [v.name for v in writes if any(usage.node.op_type != QUANTIZE for usage in v.uses()) or not v.uses()]
+        if decision.op_type in REMOVABLE:
+            continue  # kept by ORT: it stays where it folds into the QuantizeLinear behind it
+        if bare or raw:
+            raise QuantizeError(
+                f"{decision.op_type} {decision.node}: planned int8, and is not",
+                found=f"float input {bare[0]}" if bare else f"float output {raw[0]}",
+                expected="DequantizeLinear before and QuantizeLinear behind it",
+                do="keep the node float with a rule, and report the model to us",
+                node=decision.node,
+            )
+
+
+def _is_shape(node: ir.Node, value: ir.Value) -> bool:
+    """Bounds and scales that are settings of the node, not data: Clip's bounds, Resize's roi and scales, Pad's value."""
+    return node.op_type in ("Clip", "Resize", "Pad") and value is not node.inputs[0]
+
+
+def _producer_type(value: ir.Value) -> str:
+    producer = value.producer()
+    return producer.op_type if producer is not None else ""
+
+
+def _check_numbers(quantized: ir.Model, model: ir.Model) -> None:
+    """Every scale is a positive normal float32, no weight code is -128, and every int32 bias holds its real value."""
+    real = {name: graph.constant(value) for name, value in model.graph.initializers.items()}
+    for node in quantized.graph:
+        if node.op_type != DEQUANTIZE:
+            continue
+        codes, scale = graph.constant(node.inputs[0]), graph.constant(node.inputs[1])
+        name = (node.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
+        if scale is None or not np.all(np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)):
+            raise QuantizeError(f"tensor {name!r}", found=f"scale {scale}", expected="a positive normal float32", node=node.name or "")
+        if codes is None:
+            continue
+        if codes.dtype == np.int8 and codes.size and codes.min() == -128:
+            raise QuantizeError(f"weight {name!r}", found="code -128", expected="-127..127: -128 wraps on ARM", node=node.name or "")
+        bias = real.get(name)
+        if codes.dtype == np.int32 and bias is not None:
+            _check_bias(name, codes, scale, bias)
+
+
+def _check_bias(name: str, codes: graph.Array, scale: graph.Array, bias: graph.Array) -> None:
+    """|bias - code · scale| <= scale per channel (round to nearest is scale/2), and no code at int32's end."""
+    wide = codes.astype(np.float64)
+    error = np.abs(bias.astype(np.float64) - wide * scale)
+    wrong = np.flatnonzero((error > scale * 1.0 + 1e-6 * np.abs(bias)) | (np.abs(wide) >= INT32_LIMIT))
+    if wrong.size:
+        channel = int(wrong[0])
+        raise QuantizeError(
+            f"bias {name!r}, channel {channel}",
+            found=f"{bias.reshape(-1)[channel]:.4g} at scale {np.broadcast_to(scale, bias.shape).reshape(-1)[channel]:.3g}",
+            expected="a value that int32 holds",
+            do="a dead weight channel or input: keep this layer float with a rule",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """ORT's quantizer logs advice to the root logger and warns about nodes it does not know; neither is for our user."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(previous)

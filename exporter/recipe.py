@@ -1,0 +1,162 @@
+"""What is asked, as a frozen value: a preset's name or a TOML file of your own, read strictly.
+
+An unknown key, a wrong type or a wrong value is an error that says where, what was found, what was expected, and what
+was probably meant. There is no inheritance and no override: copy a preset and edit it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from exporter import target
+from exporter.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FORMAT = 1
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Calibrate(_Table):
+    """How ranges are taken from the calibration batches."""
+
+    method: Literal["minmax"] = "minmax"
+
+
+class Rule(_Table):
+    """`match` a node name or an op_type (`*`, `?`); first match wins; `why` is copied into the plan."""
+
+    match: str = Field(min_length=1)
+    precision: Literal["float", "int8"]
+    why: str = Field(min_length=1)
+
+
+class Budget(_Table):
+    """Each output must meet every limit given, on held-out inputs."""
+
+    min_snr_db: float | None = None
+    min_cosine: float | None = Field(default=None, ge=-1, le=1)
+    max_abs: float | None = Field(default=None, ge=0)
+    min_same_top1: float | None = Field(default=None, ge=0, le=1)
+    min_integer_macs: float | None = Field(default=None, ge=0, le=1)
+
+
+class Probe(_Table):
+    """How many held-out batches travel in the bundle, and how large probe.npz may become (one batch always goes)."""
+
+    batches: int = Field(default=4, ge=1)
+    max_bytes: int = Field(default=8_000_000, ge=1)
+
+
+class Recipe(_Table):
+    """A whole recipe. `text` is the TOML it was read from, which goes into the bundle."""
+
+    format: Literal[1]
+    name: str = Field(min_length=1)
+    target: str
+    calibrate: Calibrate = Calibrate()
+    probe: Probe = Probe()
+    rules: tuple[Rule, ...] = ()
+    budget: Budget = Budget()
+    text: str = Field(default="", exclude=True, repr=False)
+
+
+def presets() -> tuple[str, ...]:
+    folder = resources.files("exporter") / "recipes"
+    return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A preset by name (`portable`, `x86-vnni`) or a TOML file by path.
+
+    Raises:
+        RecipeError: neither a preset nor a file, no TOML, or a key or value that is not known.
+    """
+    known = presets()
+    if str(name_or_path) in known:
+        text = (resources.files("exporter") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        return parse(text, f"{name_or_path}.toml")
+    path = Path(name_or_path)
+    try:
+        return parse(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        near = difflib.get_close_matches(str(name_or_path), known, n=1, cutoff=0.4)
+        raise RecipeError(
+            "no such recipe",
+            found=repr(str(name_or_path)),
+            expected=f"a preset ({', '.join(known)}) or a TOML file",
+            do=f"did you mean {near[0]!r}?" if near else "",
+        ) from error
+
+
+def parse(text: str, where: str) -> Recipe:
+    """TOML text -> Recipe; `where` names it in errors."""
+    try:
+        given = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError("not TOML", found=str(error), where=where) from error
+    if "text" in given:
+        raise RecipeError("unknown key 'text'", where=where)
+    try:
+        recipe = Recipe.model_validate(_frozen(given) | {"text": text})
+    except pydantic.ValidationError as error:
+        raise _ours(error, where) from error
+    target.by_name(recipe.target, f"{where}:target")
+    return recipe
+
+
+def _frozen(given: dict[str, Any]) -> dict[str, Any]:
+    """TOML's arrays as tuples: what a frozen recipe holds."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def _ours(error: pydantic.ValidationError, where: str) -> RecipeError:
+    """The first of pydantic's complaints, in our words."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    table = ":".join([where, *path[:-1]])
+    key = path[-1] if path else ""
+    if first["type"] == "extra_forbidden":
+        fields = _fields(path[:-1])
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+        return RecipeError(
+            f"unknown key {key!r}",
+            expected=f"one of {', '.join(fields)}",
+            do=f"did you mean {near[0]!r}?" if near else "",
+            where=table,
+        )
+    if first["type"] == "missing":
+        return RecipeError(f"missing key {key!r}", where=table)
+    expected = str(first.get("ctx", {}).get("expected", "")) or first["msg"].removeprefix("Input should be ")
+    value = first["input"]
+    near = difflib.get_close_matches(str(value), expected.replace("'", "").replace(" or ", ", ").split(", "), n=1)
+    return RecipeError(
+        "bad value",
+        found=repr(value),
+        expected=expected,
+        do=f"did you mean {near[0]!r}?" if near else "",
+        where=f"{table}:{key}",
+    )
+
+
+def _fields(path: list[str]) -> list[str]:
+    """The keys of the table at `path`."""
+    table: type[BaseModel] = Recipe
+    for part in path:
+        if part.isdigit():
+            continue
+        table = {"calibrate": Calibrate, "probe": Probe, "rules": Rule, "budget": Budget}[part]
+    return [name for name in table.model_fields if name != "text"]
