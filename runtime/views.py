@@ -35,7 +35,9 @@ def verdict(value: Verdict, name: str) -> RenderableType:
         Text(f"{name}: {'met' if value.met else 'NOT MET'}", style="bold green" if value.met else "bold red"),
         Text(f"{coverage(value.integer_macs)}; {device_text(value)}"),
     ]
-    if value.lines:
+    if not value.lines:
+        parts.append(Text("no limit was asked for"))
+    else:
         limits = _table("limit", "found", "limit is", "met")
         for line in value.lines:
             met = Text("yes") if line.met else Text("NO", style="bold red")
@@ -61,17 +63,19 @@ def timing(value: Timing, name: str) -> RenderableType:
 
 
 def explanation(value: Explanation, name: str) -> RenderableType:
-    """Every node as it ran; the plan's reason where it has one."""
+    """Every node as it ran, with the plan's precision and the number of its reason; below, each reason once."""
     head = f"{name}: {coverage(value.integer_macs)} ({value.macs / 1e6:.3f} M MACs, {value.ms:.3f} ms in nodes)"
-    table = _table("node", "kernel", "types", "ms", "M MACs", "plan")
+    table = _table("node", "kernel", "types", "ms", "M MACs", "plan", "why")
+    reasons: dict[str, int] = {}
     for node in value.nodes:
         kernel, planned = node.kernel, node.planned
         style = "green" if kernel.integer else "yellow" if kernel.macs else ""
-        plan = f"{planned.precision}: {planned.reason}" if planned else ""
+        plan = (planned.precision, str(reasons.setdefault(planned.reason, len(reasons) + 1))) if planned else ("", "")
         macs = f"{kernel.macs / 1e6:.3f}" if kernel.macs else ""
-        names = (middle(kernel.node, 18), Text(middle(kernel.kernel, 16), style=style), kernel.types)
-        table.add_row(*names, f"{kernel.ms:.3f}", macs, plan)
-    return Group(Text(head, style="bold"), table)
+        names = (middle(kernel.node, 22), Text(middle(kernel.kernel, 16), style=style), kernel.types)
+        table.add_row(*names, f"{kernel.ms:.3f}", macs, *plan)
+    legend = [Text(f"{number}  {reason}") for reason, number in reasons.items()]
+    return Group(Text(head, style="bold"), table, *legend)
 
 
 def outputs(values: Mapping[str, Array]) -> RenderableType:
@@ -105,10 +109,10 @@ def middle(name: str, width: int) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
         text = column in ("kernel", "types", "plan", "dtype", "shape", "met") or number == 0
-        table.add_column(column, justify="left" if text else "right", no_wrap=column not in ("plan",))
+        table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 
 

@@ -8,7 +8,8 @@ import pytest
 
 import runtime
 from runtime import views
-from runtime.explain import explain
+from runtime.explain import Explained, Explanation, Planned, explain
+from runtime.kernels import Kernel
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,27 @@ def test_every_view_fits_80_columns(bundle: runtime.Bundle, capsys: pytest.Captu
     views.show(views.explanation(explain(bundle), "tiny"))
     views.show(views.outputs({long: np.ones((2, 3)), "empty": np.ones((0, 3))}))
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
+
+
+def test_big_model_with_long_names_is_explained_in_80_columns_with_its_numbers_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    big = Kernel(
+        node="/encoder/layer.11/attention/self/query/MatMul_token_123",
+        kernel="DynamicQuantizeMatMul",
+        types="f32s8",
+        ms=1234.567,
+        macs=12_345_678_000,
+        integer=True,
+    )
+    planned = Planned(op_type="MatMul", precision="float", reason="measured: it is faster in float here " * 4)
+    nodes = (Explained(kernel=big, planned=planned),)
+    views.show(views.explanation(Explanation(integer_macs=1.0, macs=big.macs, ms=big.ms, nodes=nodes), "big"))
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 80
+    row = next(line for line in text.splitlines() if line.startswith("/enc"))
+    assert row.split()[2:] == ["f32s8", "1234.567", "12345.678", "float", "1"]
+    assert "1  measured: it is faster in float here" in text
 
 
 def test_drift_stands_beside_coverage(bundle: runtime.Bundle, capsys: pytest.CaptureFixture[str]) -> None:
