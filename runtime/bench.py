@@ -6,9 +6,8 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 
+import numpy as np
 import onnxruntime as ort
 
 from runtime import manifest as manifests
@@ -71,13 +70,14 @@ def _median_ms(turns: list[Callable[[], object]], rounds: int) -> list[float]:
             turn()
             if number >= WARM_UP:
                 taken.append(time.perf_counter() - start)
-    return [median(taken) * 1e3 for taken in times]
+    return [float(np.median(taken)) * 1e3 for taken in times]
 
 
 def cpu_name() -> str:
     """The CPU's name as the system tells it: Linux's "model name", else what Python's platform module knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

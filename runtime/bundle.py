@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime import manifest as manifests
 from runtime.errors import BundleError, InputError, PacklightError
 from runtime.manifest import Manifest, Tensor
-from runtime.probe import Probe, read_probe
 from runtime.session import ORT_ERRORS, open_session
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from runtime.drift import Array
+    from runtime.probe import Probe
+
 MANIFEST_BYTES = 16 << 20  # a manifest is a few kB; this bounds what is read before anything is trusted
 # ONNX Runtime's type names -> numpy's.
 DTYPE_OF = {
@@ -35,7 +37,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
         BundleError: no such folder; a bad manifest (see manifest.loads); a file that is missing (model.fp32.onnx may be),
             not listed, not a plain file of this folder, or of another size or hash.
     """
-    folder = Path(path)
+    folder = _folder(path)
     listed = _read_manifest(folder)
     present = sorted(entry.name for entry in folder.iterdir() if entry.name != manifests.MANIFEST)
     for name in present:
@@ -64,7 +66,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None, providers: Se
     Raises:
         BundleError: see verify(); or ONNX Runtime refuses the model, or the model is not the one the manifest describes.
     """
-    return Bundle(Path(path), verify(path), threads, providers)
+    return Bundle(_folder(path), verify(path), threads, providers)
 
 
 class Bundle:
@@ -131,6 +133,8 @@ class Bundle:
         Raises:
             BundleError: not a probe (see read_probe), or its tensors are not the manifest's.
         """
+        from runtime.probe import Probe, read_probe  # here: `import runtime` need not load zipfile
+
         file, inputs = self.path / manifests.PROBE, [name for name, _, _ in self._inputs]
         return tuple(
             Probe(
@@ -140,6 +144,12 @@ class Bundle:
             )
             for probe in read_probe(file)
         )
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    from pathlib import Path  # here: it would be a twentieth of the time of `import runtime`
+
+    return Path(path)
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.errors import PacklightError
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 BLOCK = 1 << 20  # elements turned to float64 at a time: 8 MB an array, whatever the size of the outputs
 
 
@@ -86,20 +88,14 @@ def measure(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) ->
     return Drift(outputs=tuple(total.result(name) for name, total in sums.items()), batches=batches)
 
 
-@dataclass(slots=True)
 class _Sums:
     """What one output needs to remember of the batches it has seen."""
 
-    rr: float = 0.0
-    cc: float = 0.0
-    rc: float = 0.0
-    ee: float = 0.0
-    abs_sum: float = 0.0
-    abs_max: float = 0.0
-    elements: int = 0
-    rows: int = 0
-    same_rows: int = 0
-    class_like: bool = True
+    def __init__(self) -> None:
+        self.rr = self.cc = self.rc = self.ee = 0.0
+        self.abs_sum = self.abs_max = 0.0
+        self.elements = self.rows = self.same_rows = 0
+        self.class_like = True
 
     def add(self, reference: Array, candidate: Array) -> None:
         for r, c in _blocks(reference, candidate):

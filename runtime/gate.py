@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from html import escape
 
 from runtime import drift as drifts
 from runtime.bundle import Bundle
@@ -83,6 +82,8 @@ def coverage(integer_macs: float) -> str:
 
 def junit(verdict: Verdict, name: str) -> str:
     """JUnit XML: one test case a limit, the measured numbers as properties."""
+    from html import escape  # here: `import runtime` need not load its table of entities
+
     worst = verdict.drift.worst_snr_db
     cases = "".join(
         f'  <testcase classname="{escape(name)}" name="{escape(line.what)}">'

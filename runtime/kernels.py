@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from numpy.typing import NDArray
+import numpy as np
 
 from runtime import manifest as manifests
 from runtime.bundle import Bundle
 from runtime.errors import PacklightError
 from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from runtime.drift import Array
+
 Shape = tuple[int, ...]
 
 # Kernel -> position of its weight among the inputs the profiler lists (it leaves out what an optional input lacks).
@@ -129,39 +130,41 @@ def trace(
     shaped = _profile(model, inputs, threads, plain, 1)
     nodes: _Nodes = defaultdict(list)
     for event in real:
-        nodes[event.name, event.index].append(event)
+        nodes[event.name, event.number].append(event)
     both = zip(nodes.values(), _shapes(nodes, shaped, runs), strict=True)
     return Kernels(kernels=tuple(_kernel(events, shapes, runs) for events, shapes in both))
 
 
-@dataclass(frozen=True, slots=True)
-class _Event:
+class _Event(NamedTuple):
     """One run of one node: its name, ONNX Runtime's number for it, kernel, and what went in and came out."""
 
     name: str
-    index: str
+    number: str
     kernel: str
     us: float
     inputs: tuple[tuple[str, Shape], ...]
     outputs: tuple[tuple[str, Shape], ...]
 
 
-_Nodes = dict[tuple[str, str], list[_Event]]  # (name, index) -> its events, over all runs
+_Nodes = dict[tuple[str, str], list[_Event]]  # (name, number) -> its events, over all runs
 
 
 def _profile(
     model: Path, inputs: Mapping[str, Array], threads: int, entries: Mapping[str, str], runs: int
 ) -> list[_Event]:
+    import tempfile  # here: `import runtime` need not pay for it
+
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
-        session = open_session(model, threads=threads, entries=entries, profile=Path(folder) / "profile")
+        session = open_session(model, threads=threads, entries=entries, profile=f"{folder}/profile")
         try:
             for _ in range(runs):
                 session.run(None, dict(inputs))
         except ORT_ERRORS as error:
             raise PacklightError(f"{model}: ONNX Runtime failed while running", found=str(error)[:300]) from error
         finally:
-            written = Path(session.end_profiling())
-        return list(_events(json.loads(written.read_text(encoding="utf-8"))))
+            written = session.end_profiling()
+        with open(written, encoding="utf-8") as file:
+            return list(_events(json.load(file)))
 
 
 def _events(profile: list[dict[str, Any]]) -> Iterator[_Event]:
@@ -170,7 +173,7 @@ def _events(profile: list[dict[str, Any]]) -> Iterator[_Event]:
             args = each["args"]
             yield _Event(
                 name=each["name"].removesuffix(EVENT),
-                index=args.get("node_index", ""),
+                number=args.get("node_index", ""),
                 kernel=args["op_name"],
                 us=float(each["dur"]),
                 inputs=_tensors(args.get("input_type_shape", [])),
@@ -219,7 +222,7 @@ def _kernel(events: list[_Event], shapes: list[_Event], runs: int) -> Kernel:
         node=shapes[0].name,
         kernel=name,
         types=_types(shapes[0]),
-        ms=median(times) / 1e3,
+        ms=float(np.median(times)) / 1e3,
         macs=sum(map(_macs, shapes)),
         integer=name in INTEGER or name.startswith("QLinear"),
     )

@@ -8,17 +8,18 @@ docs/format.md is the normative text.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 
 from runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = 1
 MANIFEST, INT8, FP32, PROBE = "manifest.json", "model.int8.onnx", "model.fp32.onnx", "probe.npz"
@@ -89,6 +90,8 @@ class Manifest:
 
 def digest(path: Path) -> File:
     """Size and SHA-256 of a file, read in blocks."""
+    import hashlib  # here: `import runtime` need not load OpenSSL
+
     seen, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -156,8 +159,7 @@ def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where in the manifest a reader stands: `file:inputs[0].dtype`."""
 
     file: str
@@ -166,7 +168,7 @@ class _Place:
     def key(self, name: str) -> _Place:
         return _Place(self.file, f"{self.path}.{name}" if self.path else name)
 
-    def index(self, number: int) -> _Place:
+    def item(self, number: int) -> _Place:
         return _Place(self.file, f"{self.path}[{number}]")
 
     def refuse(self, *, found: str, expected: str, do: str = "") -> NoReturn:
@@ -233,7 +235,7 @@ def _text(value: object, at: _Place) -> str:
 def _tensors(value: object, at: _Place) -> tuple[Tensor, ...]:
     if not isinstance(value, list) or not value:
         at.refuse(found=_kind(value), expected="a list that is not empty")
-    tensors = tuple(_tensor(each, at.index(number)) for number, each in enumerate(value))
+    tensors = tuple(_tensor(each, at.item(number)) for number, each in enumerate(value))
     if len({tensor.name for tensor in tensors}) != len(tensors):
         at.refuse(found="two tensors of one name", expected="each name once")
     return tensors
@@ -245,7 +247,7 @@ def _tensor(value: object, at: _Place) -> Tensor:
         at.key("dtype").refuse(found=dtype, expected=f"one of {', '.join(sorted(DTYPES))}")
     if not isinstance(sizes := table["shape"], list):
         at.key("shape").refuse(found=_kind(sizes), expected="a list")
-    shape = tuple(_dimension(size, at.key("shape").index(axis)) for axis, size in enumerate(sizes))
+    shape = tuple(_dimension(size, at.key("shape").item(axis)) for axis, size in enumerate(sizes))
     return Tensor(name=_text(table["name"], at.key("name")), dtype=dtype, shape=shape)
 
 

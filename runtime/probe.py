@@ -10,14 +10,15 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.errors import BundleError
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from runtime.drift import Array
+
 ROLES = ("input", "fp32", "int8")
 
 

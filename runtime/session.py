@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_native
 
 from runtime.errors import BundleError, PacklightError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROVIDERS = ("CPUExecutionProvider",)
 NO_ENTRIES: Mapping[str, str] = MappingProxyType({})
@@ -28,7 +31,7 @@ def open_session(
     threads: int | None = None,
     providers: Sequence[str] | None = None,
     entries: Mapping[str, str] = NO_ENTRIES,
-    profile: Path | None = None,
+    profile: str | Path | None = None,
 ) -> ort.InferenceSession:
     """Open a model in ONNX Runtime with every optimization.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -18,8 +17,10 @@ from runtime.explain import Explanation
 from runtime.gate import Verdict, coverage, device_text
 from runtime.manifest import canonical
 
+if TYPE_CHECKING:
+    from runtime.drift import Array
+
 WIDTH = 80
-Array = NDArray[Any]
 
 
 def show(view: RenderableType) -> None:

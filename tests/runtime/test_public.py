@@ -20,8 +20,17 @@ def test_verbs_are_functions_and_not_the_modules_of_their_name() -> None:
     assert all(inspect.isfunction(getattr(runtime, name)) for name in ("bench", "check", "kernels", "load"))
 
 
+def loaded_by(package: str) -> set[str]:
+    code = f"import {package}, sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
 def test_importing_runtime_loads_nothing_heavy() -> None:
-    code = "import runtime, sys; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "onnx", "typer", "rich", "click", "exporter", "optimum"} & set(loaded)
-    assert {"numpy", "onnxruntime"} <= set(loaded)
+    loaded = {name.split(".")[0] for name in loaded_by("runtime")}
+    assert not {"torch", "onnx", "typer", "rich", "click", "exporter", "optimum"} & loaded
+    assert {"numpy", "onnxruntime"} <= loaded
+
+
+def test_importing_runtime_leaves_slow_parts_of_the_standard_library_for_later() -> None:
+    added = loaded_by("runtime") - loaded_by("onnxruntime")
+    assert not {"hashlib", "html", "numpy.typing", "pathlib", "statistics", "tempfile", "zipfile"} & added
