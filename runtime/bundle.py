@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from runtime.probe import Probe
 
 MANIFEST_BYTES = 16 << 20  # a manifest is a few kB; this bounds what is read before anything is trusted
+# Operators with the channel block of one CPU baked in: on another CPU the outputs are wrong, and nothing says so.
+NOT_PORTABLE = b"com.microsoft.nchwc"
 # ONNX Runtime's type names -> numpy's.
 DTYPE_OF = {
     "tensor(float)": "float32",
@@ -35,7 +38,8 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
 
     Raises:
         BundleError: no such folder; a bad manifest (see manifest.loads); a file that is missing (model.fp32.onnx may be),
-            not listed, not a plain file of this folder, or of another size or hash.
+            not listed, not a plain file of this folder, or of another size or hash; a model that only one kind of CPU
+            computes correctly.
     """
     folder = _folder(path)
     listed = _read_manifest(folder)
@@ -52,6 +56,8 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
             _refuse(file, found=f"{size} bytes", expected=f"{expected.size_bytes}", do="copy the bundle again")
         if (found := manifests.digest(file)) != expected:
             _refuse(file, found=f"SHA-256 {found.sha256}", expected=expected.sha256, do="copy the bundle again")
+        if name in (manifests.INT8, manifests.FP32):
+            _portable(file)
     return listed
 
 
@@ -172,6 +178,16 @@ def _plain_file(file: Path) -> None:
     if not file.is_file():
         found = "something that is not a file" if file.exists() else "nothing"
         _refuse(file, found=found, expected="a file", do="copy the whole bundle, or export again")
+
+
+def _portable(model: Path) -> None:
+    """Refuse a model that names the domain NOT_PORTABLE anywhere; a domain stands in the file as plain text."""
+    if not model.stat().st_size:
+        _refuse(model, found="an empty file", expected="an ONNX model")
+    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(NOT_PORTABLE) >= 0:
+            do = "export again: the model was saved after ONNX Runtime had optimized it for one CPU"
+            _refuse(model, found=f"operators of {NOT_PORTABLE.decode()}", expected="a model for every CPU", do=do)
 
 
 def _refuse(path: Path, *, found: str, expected: str = "", do: str = "") -> NoReturn:

@@ -151,7 +151,7 @@ def _snr_db(rr: float, ee: float) -> float:
 
 
 def _cosine(rr: float, cc: float, rc: float) -> float:
-    if rr == 0.0 or cc == 0.0 or math.isinf(cc):
+    if rr == 0.0 or cc == 0.0 or math.isinf(rr + cc):
         return 0.0
     return max(-1.0, min(1.0, rc / (math.sqrt(rr) * math.sqrt(cc))))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -200,6 +201,19 @@ def test_operator_of_an_unknown_library_is_refused(bundle: Path) -> None:
     onnx.save(model, bundle / manifests.INT8)
     models.seal(bundle, models.manifest(Budget()))
     assert "model.int8.onnx: ONNX Runtime" in refusal(bundle)
+
+
+@pytest.mark.parametrize("name", [manifests.INT8, manifests.FP32])
+def test_model_optimized_for_one_cpu_is_refused(bundle: Path, name: str) -> None:
+    settings = ort.SessionOptions()
+    settings.optimized_model_filepath = str(bundle / "optimized.onnx")
+    settings.log_severity_level = 3
+    ort.InferenceSession(bundle / manifests.FP32, settings, providers=["CPUExecutionProvider"])
+    if b"com.microsoft.nchwc" not in (bundle / "optimized.onnx").read_bytes():
+        pytest.skip("this CPU has no NCHWc kernels")
+    (bundle / "optimized.onnx").replace(bundle / name)
+    models.seal(bundle, models.manifest(Budget()))
+    assert f"{name}: found operators of com.microsoft.nchwc, expected a model for every CPU" in refusal(bundle)
 
 
 def test_pickle_in_a_sealed_probe_is_refused_and_never_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
