@@ -20,6 +20,8 @@ from runtime.manifest import Tensor
 
 Array = npt.NDArray[Any]
 Batch = Mapping[str, Array]
+RANDOM = "random"  # the name by which noise is asked for instead of data
+RANDOM_BATCHES = 8
 
 
 def as_array(value: Any, name: str) -> Array:
@@ -40,7 +42,8 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
     """Yield checked batches from whatever was given.
 
     Args:
-        given: an iterable of batches, or a path: `.npz` (one array per input), `.npy` (one input), a folder of these.
+        given: an iterable of batches, or a path: `.npz` (one array per input), `.npy` (one input), a folder of these; or
+            "random": noise, for plumbing (see `random`).
         tensors: the graph's inputs: name, dtype, shape.
         role: "calibration" or "heldout", for messages.
 
@@ -55,6 +58,9 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
         )
     if isinstance(given, Mapping):
         raise CalibrationError(f"{role}", found="one dict", expected="an iterable of dicts", do="wrap it: [batch]")
+    if isinstance(given, str) and given == RANDOM:
+        yield from random(tensors, RANDOM_BATCHES, np.random.default_rng(len(role)))
+        return
     stream = _files(Path(given)) if isinstance(given, str | Path) else iter(given)
     for number, raw in enumerate(stream):
         yield _checked(raw, tensors, role, number)
@@ -163,3 +169,52 @@ def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array
             tensor=tensor.name, batch=number,
         )
     return array
+
+
+class Split:
+    """Calibration and held-out batches that do not meet.
+
+    A held-out batch whose bytes calibration has seen is left out and counted in `repeated`. Without held-out data every
+    fourth calibration batch is kept apart for it. Streams are read once, in order: calibration first.
+    """
+
+    EVERY = 4
+    KEPT = 8  # calibration batches kept in memory, for choosing between corrections
+
+    def __init__(self, calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._given = heldout
+        self.random = RANDOM in (calibration if isinstance(calibration, str) else "", heldout if isinstance(heldout, str) else "")
+        self.total = len(calibration) if isinstance(calibration, list | tuple) else None
+        self.first, self._stream = peek(read(calibration, tensors, "calibration"), "calibration")
+        self.kept: list[Batch] = []
+        self.repeated = 0
+        self._apart: list[Batch] = []
+        self._seen: set[str] = set()
+
+    def calibration(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self._stream):
+            if self._given is None and number % self.EVERY == self.EVERY - 1:
+                self._apart.append(batch)
+                continue
+            self._seen.add(digest(batch))
+            if len(self.kept) < self.KEPT:
+                self.kept.append(batch)
+            yield batch
+
+    def heldout(self) -> Iterator[Batch]:
+        stream = iter(self._apart) if self._given is None else read(self._given, self._tensors, "heldout")
+        for batch in stream:
+            if digest(batch) in self._seen:
+                self.repeated += 1
+            else:
+                yield batch
+
+
+def split(calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> Split:
+    """Check what was given and set calibration and held-out data apart.
+
+    Raises:
+        CalibrationError: no calibration data, or its first batch is not one for this graph; see `read`.
+    """
+    return Split(calibration, heldout, tensors)

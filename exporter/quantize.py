@@ -21,6 +21,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
 from exporter import graph
+from exporter.batches import Array
 from exporter.calibrate import Ranges
 from exporter.errors import QuantizeError
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, Plan
@@ -55,6 +56,27 @@ def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.M
     _check_plan(quantized, model, plan)
     _check_numbers(quantized, model)
     return quantized
+
+
+def weights(quantized: ir.Model) -> dict[str, Array]:
+    """{weight of the prepared graph: its rounded real values, code · scale, float32 in the weight's shape}."""
+    found: dict[str, Array] = {}
+    for node in quantized.graph:
+        codes = graph.constant(node.inputs[0]) if node.op_type == DEQUANTIZE else None
+        scale = graph.constant(node.inputs[1]) if codes is not None else None
+        if codes is None or scale is None or codes.dtype != np.int8:
+            continue
+        if scale.ndim:
+            shape = [1] * codes.ndim
+            shape[node.attributes.get_int("axis", 1)] = -1
+            scale = scale.reshape(shape)
+        found[_tensor(node)] = (codes * scale).astype(np.float32)
+    return found
+
+
+def _tensor(dequantize: ir.Node) -> str:
+    """The name, in the prepared graph, of the initializer behind a DequantizeLinear; ORT adds a suffix to it."""
+    return (dequantize.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
 
 
 def _first_reason(plan: Plan) -> str:
@@ -182,7 +204,7 @@ def _check_numbers(quantized: ir.Model, model: ir.Model) -> None:
         if node.op_type != DEQUANTIZE:
             continue
         codes, scale = graph.constant(node.inputs[0]), graph.constant(node.inputs[1])
-        name = (node.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
+        name = _tensor(node)
         if scale is None or not np.all(np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)):
             raise QuantizeError(f"tensor {name!r}", found=f"scale {scale}", expected="a positive normal float32", node=node.name or "")
         if codes is None:
@@ -194,7 +216,7 @@ def _check_numbers(quantized: ir.Model, model: ir.Model) -> None:
             _check_bias(name, codes, scale, bias)
 
 
-def _check_bias(name: str, codes: graph.Array, scale: graph.Array, bias: graph.Array) -> None:
+def _check_bias(name: str, codes: Array, scale: Array, bias: Array) -> None:
     """|bias - code · scale| <= scale per channel (round to nearest is scale/2), and no code at int32's end."""
     wide = codes.astype(np.float64)
     error = np.abs(bias.astype(np.float64) - wide * scale)

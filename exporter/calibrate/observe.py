@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -15,9 +16,20 @@ from exporter.errors import CalibrationError
 
 # An attention mask adds -3.4e38 (float32's lowest) or half of it; no activation of a working network is near
 SATURATING = 1e30
+NO_CHANNELS: Mapping[str, int] = MappingProxyType({})
 
 
-def observe(model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch]) -> Ranges:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What calibration saw: ranges, and {tensor: float64 [channels]} means where they were asked for."""
+
+    ranges: Ranges
+    means: Mapping[str, Array]
+
+
+def observe(
+    model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch], channels: Mapping[str, int] = NO_CHANNELS
+) -> Observed:
     """Run the FP32 graph on every batch and take the range of each named tensor.
 
         low = min over batches of min(x), high = max over batches of max(x), over the x with |x| < SATURATING
@@ -28,6 +40,7 @@ def observe(model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch]) -
         model: the prepared graph.
         tensors: names of float32 tensors of the graph, inputs included.
         batches: checked batches (`exporter.batches.read`); read once.
+        channels: {tensor: channel_axis} of those among `tensors` whose mean per channel is wanted too.
 
     Raises:
         CalibrationError: NaN or infinity (names batch and tensor), a batch the graph refuses, no batches, a tensor
@@ -36,6 +49,8 @@ def observe(model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch]) -
     inner = [name for name in tensors if name not in {value.name for value in model.graph.inputs}]
     run = graph.runner(graph.with_outputs(model, inner)) if inner else None
     seen: dict[str, Range] = {}
+    sums: dict[str, Array] = {}
+    counts: dict[str, int] = dict.fromkeys(channels, 0)
     count = 0
     for count, batch in enumerate(batches, start=1):
         values = dict(batch)
@@ -53,6 +68,11 @@ def observe(model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch]) -
             found = _range(values[name], name, count - 1)
             if found is not None:
                 seen[name] = merge(seen[name], found) if name in seen else found
+        for name, axis in channels.items():
+            rest = np.moveaxis(values[name], axis, -1)
+            total = rest.reshape(-1, rest.shape[-1]).sum(axis=0, dtype=np.float64)
+            sums[name] = sums[name] + total if name in sums else total
+            counts[name] += rest.size // max(1, rest.shape[-1])
     if not count:
         raise CalibrationError("calibration: no batches", found="an empty iterable", expected="at least one batch")
     for name in tensors:
@@ -64,7 +84,8 @@ def observe(model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch]) -
                 do="give batches that reach this part of the model, or a rule that keeps its node float",
                 tensor=name,
             )
-    return Ranges(tensors=seen, batches=count, method="minmax")
+    means = {name: total / counts[name] for name, total in sums.items()}
+    return Observed(ranges=Ranges(tensors=seen, batches=count, method="minmax"), means=means)
 
 
 def merge(a: Range, b: Range) -> Range:

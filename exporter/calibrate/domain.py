@@ -1,0 +1,69 @@
+"""Cut a range down to the part that its readers can tell apart.
+
+Where every reader of a tensor is a function that saturates, values beyond its knee give the same result as the knee,
+and codes spent on them are lost. The cut is exact: f(clip(x, low, high)) = f(x).
+
+1. HardSwish(x) = 0 for x <= -3:                                                 low  = max(low, -3)
+2. HardSigmoid(x) is 0 for x <= -beta/alpha and 1 for x >= (1 - beta)/alpha:     both ends
+3. Relu(x) = 0 for x <= 0; Clip(x, a, b) is constant outside [a, b]:             as far as 0 stays inside
+
+A graph output is read by the user, who can tell everything apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.calibrate.ranges import Range, Ranges
+
+Interval = tuple[float, float]
+EVERYTHING: Interval = (-math.inf, math.inf)
+
+
+def distinguish(model: ir.Model, ranges: Ranges) -> Ranges:
+    """The same ranges, each cut to the union of what its readers distinguish. Ranges that nothing cuts are kept."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    return replace(
+        ranges,
+        tensors={
+            name: _cut(found, _seen(values[name])) if name in values else found
+            for name, found in ranges.tensors.items()
+        },
+    )
+
+
+def _cut(found: Range, seen: Interval) -> Range:
+    low, high = max(found.low, seen[0]), min(found.high, seen[1])
+    return replace(found, low=low, high=high) if low <= high else found
+
+
+def _seen(value: ir.Value) -> Interval:
+    """The smallest interval outside of which no reader sees a difference."""
+    readers = graph.consumers(value)
+    if value.is_graph_output() or not readers:
+        return EVERYTHING
+    knees = [_knees(node, value) for node in readers]
+    return min(low for low, _ in knees), max(high for _, high in knees)
+
+
+def _knees(node: ir.Node, value: ir.Value) -> Interval:
+    if node.inputs[0] is not value or sum(other is value for other in node.inputs) > 1:
+        return EVERYTHING
+    if node.op_type == "HardSwish":
+        return -3.0, math.inf
+    if node.op_type == "HardSigmoid":
+        alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+        return (-beta / alpha, (1 - beta) / alpha) if alpha > 0 else EVERYTHING
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    if node.op_type == "Clip":
+        bounds = [graph.constant(node.inputs[i]) if len(node.inputs) > i else None for i in (1, 2)]
+        given = [len(node.inputs) > i and node.inputs[i] is not None for i in (1, 2)]
+        low = -math.inf if bounds[0] is None else min(float(bounds[0].reshape(())), 0.0)
+        high = math.inf if bounds[1] is None else max(float(bounds[1].reshape(())), 0.0)
+        return EVERYTHING if any(g and b is None for g, b in zip(given, bounds, strict=True)) else (low, high)
+    return EVERYTHING

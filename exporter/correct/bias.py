@@ -1,0 +1,105 @@
+"""Bias correction: take the mean that weight rounding adds to a layer's output out of its bias.
+
+A layer y = W x + b runs as ŷ = Ŵ x + b with Ŵ the rounded weight. Its mean error is known before anything runs:
+
+    E[ŷ - y] = (Ŵ - W) E[x]        so        b' = b - (Ŵ - W) E[x]
+
+per output channel; for Conv, E[x] is the mean of an input channel over batches and positions and Ŵ - W is summed over
+the kernel (padding is left out of the mean). A MatMul takes it from the constant that is added to its output.
+
+Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.batches import Array
+from exporter.place import Plan
+from exporter.prepare import edit
+
+
+def channels(model: ir.Model, plan: Plan) -> dict[str, int]:
+    """{tensor: channel_axis} of the layer inputs whose channel means the correction needs."""
+    return {x.name or "": _channel_axis(node) for node, x, _ in _layers(model, plan)}
+
+
+def correct(model: ir.Model, plan: Plan, means: Mapping[str, Array], weights: Mapping[str, Array]) -> ir.Model:
+    """A clone of the model with corrected biases.
+
+    Args:
+        model: the prepared graph.
+        plan: which nodes are int8.
+        means: {layer input: float64 [channels]}, E[x] over the calibration batches.
+        weights: {weight initializer: Ŵ}, float32 in the weight's shape (`quantize.weights`).
+    """
+    corrected = model.clone()
+    for node, x, weight in _layers(corrected, plan):
+        exact, rounded = graph.constant(weight), weights.get(weight.name or "")
+        if exact is None or rounded is None:
+            continue
+        shift = _mean_error(node, rounded.astype(np.float64) - exact, means[x.name or ""])
+        bias = _bias(node)
+        if bias is None and node.op_type != "MatMul":
+            _set_input(node, 2, edit.initializer(corrected, f"{node.name}_bias", -shift.astype(np.float32)))
+        elif bias is not None:
+            reader, index, value = bias
+            better = (value - shift.reshape(-1)).astype(np.float32).reshape(value.shape)
+            _set_input(reader, index, edit.initializer(corrected, f"{node.name}_bias", better))
+    return corrected
+
+
+def _layers(model: ir.Model, plan: Plan) -> Sequence[tuple[ir.Node, ir.Value, ir.Value]]:
+    """(node, x, W) of each int8 layer with a constant weight."""
+    int8 = set(plan.int8)
+    return [
+        (node, node.inputs[0], node.inputs[1])
+        for node in model.graph
+        if node.name in int8
+        and node.op_type in ("Conv", "Gemm", "MatMul")
+        and node.inputs[0] is not None
+        and node.inputs[1] is not None
+        and graph.constant(node.inputs[1]) is not None
+    ]
+
+
+def _channel_axis(node: ir.Node) -> int:
+    return 1 if node.op_type == "Conv" else -1
+
+
+def _mean_error(node: ir.Node, error: Array, mean: Array) -> Array:
+    """(Ŵ - W) E[x], float64 [output channels]."""
+    if node.op_type == "Conv":
+        groups = node.attributes.get_int("group", 1)
+        taps = error.reshape(error.shape[0], error.shape[1], -1).sum(axis=2)
+        per_output = np.repeat(mean.reshape(groups, -1), error.shape[0] // groups, axis=0)
+        return np.asarray((taps * per_output).sum(axis=1))
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+    return np.asarray(error @ mean if transposed else mean @ error)
+
+
+def _bias(node: ir.Node) -> tuple[ir.Node, int, Array] | None:
+    """Where the layer's bias is read: (node, input index, value); for MatMul the one Add of a constant behind it."""
+    if node.op_type != "MatMul":
+        value = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        beta = node.attributes.get_float("beta", 1.0)
+        return (node, 2, value) if value is not None and beta == 1 else None
+    readers = node.outputs[0].uses()
+    add = readers[0].node if len(readers) == 1 else None
+    if add is None or add.op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    index = 1 - readers[0].idx
+    value = graph.constant(add.inputs[index])
+    weight = graph.constant(node.inputs[1])
+    fits = value is not None and weight is not None and value.size == weight.shape[-1] == value.shape[-1]
+    return (add, index, value) if fits and value is not None else None
+
+
+def _set_input(node: ir.Node, index: int, value: ir.Value) -> None:
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)

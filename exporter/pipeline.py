@@ -1,0 +1,70 @@
+"""export(): the stages in order. Each is a function from values to a value; you can stop after any and look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from exporter import batches, bundle, calibrate, correct, graph, place, prepare, report, target, trace
+from exporter.correct import bias
+from exporter.progress import Progress, Silent
+from exporter.recipe import Recipe
+from exporter.report import Report
+from exporter.source import Source
+
+
+def export(
+    source: Source,
+    recipe: Recipe,
+    calibration: Any,
+    heldout: Any = None,
+    out: str | Path = "build/model",
+    progress: Progress | None = None,
+) -> Report:
+    """Trace, calibrate, quantize, prove, and write a bundle.
+
+    Args:
+        source: `from_module`, `from_onnx`, `from_program`.
+        recipe: `load_recipe("portable")`, or your own file.
+        calibration: batches whose ranges are taken: an iterable of {input: array}, tuples or tensors, a DataLoader, or
+            a path of `.npz`/`.npy` files. Read once.
+        heldout: other batches, on which drift is measured; without them every fourth calibration batch is kept apart.
+        out: the bundle's folder; written at the end, at once.
+        progress: told what is being done.
+
+    Raises:
+        TraceError, CalibrationError, RecipeError, QuantizeError, BundleError: see each stage; nothing is written then.
+    """
+    tell = progress or Silent()
+    out = Path(out)
+    bundle.require_place(out)
+    cpu = target.by_name(recipe.target)
+
+    tell.stage("trace the model and prove the graph")
+    traced = trace.to_onnx(source)
+    split = batches.split(calibration, heldout, graph.inputs(traced.model))
+
+    tell.stage("rewrite the graph so that it quantizes well")
+    prepared = prepare.to_quantizable(traced.model, split.first)
+
+    tell.stage("decide what runs in integers")
+    plan = place.decide(prepared.model, cpu, recipe.rules, graph.shapes(prepared.model, split.first))
+
+    seen = tell.each(split.calibration(), "calibrate", split.total)
+    observed = calibrate.observe(prepared.model, plan.tensors, seen, bias.channels(prepared.model, plan))
+    ranges = calibrate.distinguish(prepared.model, observed.ranges)
+
+    tell.stage("quantize, and keep the corrections that help")
+    corrected = correct.improve(prepared.model, plan, ranges, observed.means, cpu, split.kept)
+
+    fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(corrected.int8)
+    unseen = tell.each(split.heldout(), "measure drift on held-out batches")
+    recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe)
+
+    tell.stage("write the bundle, load it, time it")
+    made = report.make(
+        source, recipe, traced, prepared, split, plan, ranges, corrected, recorded, len(fp32), len(int8)
+    )
+    files = report.files(made, recipe, plan, ranges, fp32, int8)
+    bundle.write(out, report.manifest(made, recipe, prepared, cpu), recorded.probes, files)
+    return report.timed(made, out)

@@ -1,0 +1,29 @@
+"""How a stage says what it is doing. The pipeline tells a Progress; the CLI draws it, a library caller sees nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """What a listener can be told."""
+
+    def stage(self, text: str) -> None:
+        """A stage begins; the one before it has ended."""
+
+    def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
+        """Hand the items on, counting them; `total` where it is known."""
+        ...
+
+
+class Silent:
+    """Says nothing."""
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
+        yield from items

@@ -1,0 +1,6 @@
+"""One Report value, and text, JSON, Markdown and HTML views of it."""
+
+from exporter.report.make import files, make, manifest, timed
+from exporter.report.value import FloatLayer, KernelCount, Report
+
+__all__ = ["FloatLayer", "KernelCount", "Report", "files", "make", "manifest", "timed"]

@@ -1,0 +1,134 @@
+"""From what the stages returned: the Report, the manifest, and the text files of the bundle."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import onnx
+import onnxruntime
+
+from exporter import graph
+from exporter.batches import Split
+from exporter.bundle import Recorded
+from exporter.calibrate import Ranges
+from exporter.correct import Corrected
+from exporter.place import Plan
+from exporter.prepare import Prepared
+from exporter.recipe import Recipe
+from exporter.report import html
+from exporter.report.value import FloatLayer, KernelCount, Report
+from exporter.source import Source
+from exporter.target import Target
+from exporter.trace import Traced
+from runtime import gate
+from runtime import manifest as manifests
+from runtime.bench import measure
+from runtime.bundle import load
+from runtime.kernels import Kernel
+from runtime.manifest import Budget, Manifest
+
+
+def make(
+    source: Source,
+    recipe: Recipe,
+    traced: Traced,
+    prepared: Prepared,
+    split: Split,
+    plan: Plan,
+    ranges: Ranges,
+    corrected: Corrected,
+    recorded: Recorded,
+    fp32_bytes: int,
+    int8_bytes: int,
+) -> Report:
+    """The report, without timing."""
+    verdict = gate.judge(recorded.drift, recorded.kernels.integer_macs, recorded.drift, _budget(recipe))
+    return Report(
+        name=source.name,
+        recipe=recipe.name,
+        target=recipe.target,
+        traced_by=traced.exporter,
+        proved=traced.sizes,
+        rewrites=prepared.rewrites,
+        calibration_batches=ranges.batches,
+        random_data=split.random,
+        repeated_batches=split.repeated,
+        int8_nodes=len(plan.int8),
+        float_nodes=len(plan.decisions) - len(plan.int8),
+        float_layers=tuple(
+            FloatLayer(node=d.node, op_type=d.op_type, macs=d.macs, reason=d.reason) for d in plan.float_layers
+        ),
+        corrections=corrected.corrections,
+        kernels=_count(recorded.kernels.kernels),
+        integer_macs=recorded.kernels.integer_macs,
+        macs=recorded.kernels.macs,
+        drift=recorded.drift,
+        fp32_bytes=fp32_bytes,
+        int8_bytes=int8_bytes,
+        met=verdict.met,
+        lines=verdict.lines,
+        timing=None,
+    )
+
+
+def manifest(report: Report, recipe: Recipe, prepared: Prepared, target: Target) -> Manifest:
+    """The manifest, but for `files`."""
+    return Manifest(
+        name=report.name,
+        target=target.name,
+        inputs=graph.inputs(prepared.reference),
+        outputs=graph.outputs(prepared.reference),
+        files={},
+        session=target.session,
+        budget=_budget(recipe),
+        versions=_versions(),
+    )
+
+
+def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, fp32: bytes, int8: bytes) -> dict[str, bytes]:
+    """{file: content} of a bundle, but for probe.npz and manifest.json."""
+    return {
+        manifests.FP32: fp32,
+        manifests.INT8: int8,
+        "recipe.toml": recipe.text.encode(),
+        "plan.txt": plan.to_text().encode(),
+        "ranges.json": ranges.to_json().encode(),
+        "report.json": report.to_json().encode(),
+        "report.html": html.render(report, plan).encode(),
+    }
+
+
+def timed(report: Report, out: Path) -> Report:
+    """The report with the shipped bundle's own timing: it is loaded and verified as a device would."""
+    return replace(report, timing=measure(load(out, threads=1)))
+
+
+def _budget(recipe: Recipe) -> Budget:
+    return Budget(**{field.name: getattr(recipe.budget, field.name) for field in fields(Budget)})
+
+
+def _count(kernels: Iterable[Kernel]) -> tuple[KernelCount, ...]:
+    """Nodes by kernel and types, most MACs first."""
+    nodes: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
+    for kernel in kernels:
+        nodes[kernel.kernel, kernel.types, kernel.integer].append(kernel.macs)
+    counts = [
+        KernelCount(kernel=name, types=types, nodes=len(macs), macs=sum(macs), integer=integer)
+        for (name, types, integer), macs in nodes.items()
+    ]
+    return tuple(sorted(counts, key=lambda count: (-count.macs, -count.nodes, count.kernel, count.types)))
+
+
+def _versions() -> dict[str, str]:
+    """Versions that decide what was made."""
+    found = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
+    for name in ("torch", "numpy", "onnxscript", "packlight"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,80 @@
+"""The report for a terminal of 80 columns. Drift stands beside the integer share, always."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exporter.report.value import Report
+
+WIDTH = 80
+LABEL = 10
+MOST_LAYERS = 6
+
+
+def render(report: Report) -> str:
+    """Asked, decided, measured: at most WIDTH columns."""
+    lines = [
+        *_row("asked", f"{report.name} for {report.target} (recipe {report.recipe})"),
+        *_row("traced", _traced(report)),
+        *_row("decided", f"{report.int8_nodes} nodes int8, {report.float_nodes} float"),
+        *(line for layers in _float_layers(report) for line in _row("", layers)),
+        *(line for correction in _corrections(report) for line in _row("", correction)),
+        *_row("data", _data(report)),
+        *_row("integers", f"{100 * report.integer_macs:.1f} % of {report.macs / 1e6:.1f} M MACs ({_kernels(report)})"),
+    ]
+    for output in report.drift.outputs:
+        top1 = "" if output.same_top1 is None else f", same top-1 {100 * output.same_top1:.1f} %"
+        text = f"{output.name}: SNR {output.snr_db:.1f} dB, cosine {output.cosine:.5f}, max abs {output.max_abs:.3g}{top1}"
+        lines += _row("drift", text)
+    lines += _row("size", f"{_megabytes(report.fp32_bytes)} -> {_megabytes(report.int8_bytes)} MB")
+    if report.timing is not None and report.timing.ratio is not None:
+        threads = f"{report.timing.threads} thread{'s' if report.timing.threads != 1 else ''}"
+        lines += _row("speed", f"int8 is {report.timing.ratio:.2f}x as fast as FP32 here ({threads}, medians in turn)")
+    lines += _row("budget", "; ".join(map(str, report.lines)) or "none asked for")
+    lines += _row("verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met))
+    return "\n".join(lines)
+
+
+def _traced(report: Report) -> str:
+    if report.traced_by == "onnx":
+        return "given as ONNX"
+    return f"by {report.traced_by}; equals torch at {len(report.proved)} size{'s' if len(report.proved) != 1 else ''}"
+
+
+def _float_layers(report: Report) -> Iterable[str]:
+    for layer in report.float_layers[:MOST_LAYERS]:
+        yield f"float: {layer.op_type} {layer.node}: {layer.reason}"
+    rest = len(report.float_layers) - MOST_LAYERS
+    if rest > 0:
+        yield f"float: {rest} more, see plan.txt"
+
+
+def _corrections(report: Report) -> Iterable[str]:
+    for tried in report.corrections:
+        verdict = "kept" if tried.kept else "not kept"
+        yield f"{tried.name} correction {verdict}: {tried.before_db:.1f} -> {tried.after_db:.1f} dB on calibration data"
+
+
+def _data(report: Report) -> str:
+    text = f"{report.calibration_batches} batches calibrated, {report.drift.batches} held out"
+    if report.repeated_batches:
+        text += f" ({report.repeated_batches} more left out: calibration had seen them)"
+    return text + ("; RANDOM data: ranges and drift mean nothing" if report.random_data else "")
+
+
+def _kernels(report: Report) -> str:
+    with_macs = [count for count in report.kernels if count.macs]
+    return ", ".join(f"{count.kernel} {count.types} {count.nodes}" for count in with_macs[:4])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
+
+
+def _row(label: str, value: str) -> list[str]:
+    return textwrap.wrap(
+        value, WIDTH, initial_indent=f"{label:<{LABEL}}", subsequent_indent=" " * LABEL, break_on_hyphens=False
+    )

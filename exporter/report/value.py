@@ -1,0 +1,75 @@
+"""What an export asked, decided and measured, as one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from exporter.correct import Correction
+from exporter.report import text
+from runtime.bench import Timing
+from runtime.drift import Drift
+from runtime.gate import Line
+from runtime.manifest import canonical
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatLayer:
+    """A node that holds MACs and runs in float, with its reason."""
+
+    node: str
+    op_type: str
+    macs: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelCount:
+    """How many nodes one kernel ran, in which types (`u8s8` is activation and weight), and their MACs."""
+
+    kernel: str
+    types: str
+    nodes: int
+    macs: int
+    integer: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """asked: name, recipe, target. decided: the plan in numbers. measured: coverage, drift, sizes, time.
+
+    proved: the sizes at which the trace was proved equal to torch, one {label: size} each.
+    rewrites: {rewrite: times it matched} of the preparation.
+    drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
+    timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
+    """
+
+    name: str
+    recipe: str
+    target: str
+    traced_by: str
+    proved: tuple[Mapping[str, int], ...]
+    rewrites: Mapping[str, int]
+    calibration_batches: int
+    random_data: bool
+    repeated_batches: int
+    int8_nodes: int
+    float_nodes: int
+    float_layers: tuple[FloatLayer, ...]
+    corrections: tuple[Correction, ...]
+    kernels: tuple[KernelCount, ...]
+    integer_macs: float
+    macs: int
+    drift: Drift
+    fp32_bytes: int
+    int8_bytes: int
+    met: bool
+    lines: tuple[Line, ...]
+    timing: Timing | None
+
+    def to_json(self) -> str:
+        """Canonical JSON of every field; ±inf as the strings "inf" and "-inf"."""
+        return canonical(self)
+
+    def __str__(self) -> str:
+        return text.render(self)
