@@ -209,6 +209,8 @@ def _shapes(nodes: _Nodes, shaped: list[_Event], runs: int) -> Iterator[list[_Ev
 
 def _pads_to(plain: _Event, padded: _Event) -> bool:
     """Whether `padded` is `plain` with its channels padded to a block: NCHWc names a node by its output, not by its name."""
+    if len(padded.inputs) < 2:
+        return False
     (_, w), (_, w_padded) = plain.inputs[1], padded.inputs[1]
     (_, y), (_, y_padded) = plain.outputs[0], padded.outputs[0]
     same = (w[2:], y[:1], y[2:]) == (w_padded[2:], y_padded[:1], y_padded[2:])
@@ -252,8 +254,7 @@ def _macs(event: _Event) -> int:
     if kernel == "MatMulNBits":
         return math.prod(y) * x[-1]
     if kernel in RECURRENT:
-        r = event.inputs[at + 1][1]
-        return x[0] * x[1] * (math.prod(w) + math.prod(r))
+        return x[0] * x[1] * sum(math.prod(shape) for _, shape in event.inputs[at : at + 2])
     if kernel in ATTENTION and len(w) > 2:  # Q [batch, queries, hidden] or [batch, heads, queries, size], and K alike
         return 2 * math.prod(x) * w[-2]
     if kernel in ATTENTION:  # X [batch, tokens, features] and W [features, 3 * hidden]
