@@ -174,21 +174,24 @@ def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array
 class Split:
     """Calibration and held-out batches that do not meet.
 
-    A held-out batch whose bytes calibration has seen is left out and counted in `repeated`. Without held-out data every
-    fourth calibration batch is kept apart for it. Streams are read once, in order: calibration first.
+    A held-out batch whose bytes calibration has seen is left out and counted in `repeated`; if that leaves none, they are
+    used after all and `overlapping` says so, for then drift is optimistic. Without held-out data every fourth
+    calibration batch is kept apart for it. Streams are read once, in order: calibration first.
     """
 
     EVERY = 4
     KEPT = 8  # calibration batches kept in memory, for choosing between corrections
+    MOST_REPEATED = 32  # repeated batches kept in memory, should there be no others
 
     def __init__(self, calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
         self._given = heldout
-        self.random = RANDOM in (calibration if isinstance(calibration, str) else "", heldout if isinstance(heldout, str) else "")
+        self.random = any(isinstance(given, str) and given == RANDOM for given in (calibration, heldout))
         self.total = len(calibration) if isinstance(calibration, list | tuple) else None
         self.first, self._stream = peek(read(calibration, tensors, "calibration"), "calibration")
         self.kept: list[Batch] = []
         self.repeated = 0
+        self.overlapping = False
         self._apart: list[Batch] = []
         self._seen: set[str] = set()
 
@@ -204,11 +207,17 @@ class Split:
 
     def heldout(self) -> Iterator[Batch]:
         stream = iter(self._apart) if self._given is None else read(self._given, self._tensors, "heldout")
+        repeated: list[Batch] = []
+        self.overlapping = True
         for batch in stream:
             if digest(batch) in self._seen:
                 self.repeated += 1
+                repeated += [batch] * (len(repeated) < self.MOST_REPEATED)
             else:
+                self.overlapping = False
                 yield batch
+        if self.overlapping:
+            yield from repeated
 
 
 def split(calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> Split:

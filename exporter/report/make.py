@@ -57,6 +57,7 @@ def make(
         calibration_batches=ranges.batches,
         random_data=split.random,
         repeated_batches=split.repeated,
+        overlapping=split.overlapping,
         int8_nodes=len(plan.int8),
         float_nodes=len(plan.decisions) - len(plan.int8),
         float_layers=tuple(

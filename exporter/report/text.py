@@ -60,7 +60,9 @@ def _corrections(report: Report) -> Iterable[str]:
 
 def _data(report: Report) -> str:
     text = f"{report.calibration_batches} batches calibrated, {report.drift.batches} held out"
-    if report.repeated_batches:
+    if report.overlapping:
+        text += "; ALL of them were calibrated on too: drift is optimistic"
+    elif report.repeated_batches:
         text += f" ({report.repeated_batches} more left out: calibration had seen them)"
     return text + ("; RANDOM data: ranges and drift mean nothing" if report.random_data else "")
 

@@ -41,6 +41,7 @@ class Report:
     proved: the sizes at which the trace was proved equal to torch, one {label: size} each.
     rewrites: {rewrite: times it matched} of the preparation.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
+    repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
     """
 
@@ -53,6 +54,7 @@ class Report:
     calibration_batches: int
     random_data: bool
     repeated_batches: int
+    overlapping: bool
     int8_nodes: int
     float_nodes: int
     float_layers: tuple[FloatLayer, ...]
