@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,21 +152,32 @@ def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array
     what = f"{where}: input {tensor.name!r}"
     if array.dtype != np.dtype(tensor.dtype):
         raise CalibrationError(
-            what, found=f"dtype {array.dtype}", expected=tensor.dtype, tensor=tensor.name, batch=number,
+            what,
+            found=f"dtype {array.dtype}",
+            expected=tensor.dtype,
+            tensor=tensor.name,
+            batch=number,
             do=f"convert it with .astype({tensor.dtype!r})",
         )
     if len(array.shape) != len(tensor.shape) or any(
         isinstance(want, int) and size != want for size, want in zip(array.shape, tensor.shape, strict=True)
     ):
         raise CalibrationError(
-            what, found=f"shape {list(array.shape)}", expected=f"shape {list(tensor.shape)}",
-            tensor=tensor.name, batch=number,
+            what,
+            found=f"shape {list(array.shape)}",
+            expected=f"shape {list(tensor.shape)}",
+            tensor=tensor.name,
+            batch=number,
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         kind = "NaN" if np.isnan(array).any() else "infinity"
         raise CalibrationError(
-            what, found=kind, expected="finite numbers", do="look at this sample's preprocessing",
-            tensor=tensor.name, batch=number,
+            what,
+            found=kind,
+            expected="finite numbers",
+            do="look at this sample's preprocessing",
+            tensor=tensor.name,
+            batch=number,
         )
     return array
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.batches import Array, Batch
 from exporter.errors import CalibrationError
 from exporter.recipe import Probe as ProbeLimits
-from runtime import drift, manifest as manifests
+from runtime import drift
+from runtime import manifest as manifests
 from runtime.drift import Drift
 from runtime.errors import BundleError
 from runtime.kernels import Kernels, trace
@@ -161,7 +161,11 @@ def _kernels(int8: bytes, inputs: Batch, session: Mapping[str, str]) -> Kernels:
 
 def _check_finite(outputs: Mapping[str, Array], number: int) -> None:
     for name, value in outputs.items():
-        if value.dtype.kind == "f" and value.size and not (abs(value.min()) < float("inf") and abs(value.max()) < float("inf")):
+        if (
+            value.dtype.kind == "f"
+            and value.size
+            and not (abs(value.min()) < float("inf") and abs(value.max()) < float("inf"))
+        ):
             raise CalibrationError(
                 f"held-out batch {number}: output {name!r} of the FP32 model",
                 found="NaN or infinity",

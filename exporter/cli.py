@@ -65,7 +65,9 @@ def run(
     ] = None,
     heldout: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="The same, for drift. Without it every fourth calibration batch is kept apart."),
+        typer.Option(
+            metavar="DATA", help="The same, for drift. Without it every fourth calibration batch is kept apart."
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Pictures for a sample whose calibration(images) takes them.")
@@ -214,4 +216,6 @@ class Terminal:
     def _end(self) -> None:
         for task in self._bars.tasks:
             if not task.finished:
-                self._bars.update(task.id, total=task.total or task.completed or 1, completed=task.total or task.completed or 1)
+                self._bars.update(
+                    task.id, total=task.total or task.completed or 1, completed=task.total or task.completed or 1
+                )

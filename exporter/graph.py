@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from exporter.batches import Array, Batch
@@ -51,7 +50,7 @@ def outputs(model: ir.Model) -> tuple[Tensor, ...]:
 
 def to_bytes(model: ir.Model) -> bytes:
     """The file's bytes. The same model gives the same bytes."""
-    return ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
 
 
 def runner(model: ir.Model, threads: int | None = None) -> Callable[[Batch], dict[str, Array]]:
@@ -94,14 +93,12 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 def shapes(model: ir.Model, batch: Batch) -> dict[str, Shape]:
     """The shape of every tensor when the graph runs on `batch`; initializers included."""
-    names = [_name(v) for node in model.graph for v in node.outputs if v.name and v.type is not None or v.name]
     found: dict[str, Shape] = {name: tuple(value.shape) for name, value in batch.items()}
     for name, value in model.graph.initializers.items():
-        if value.shape is not None:
-            found[name] = tuple(int(dim) for dim in value.shape if isinstance(dim, int))
-    given = set(found)
-    ran = runner(with_outputs(model, [name for name in names if name not in given]))(batch)
-    return found | {name: tuple(np.shape(value)) for name, value in ran.items()}
+        found[name] = tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
+    names = [value.name for node in model.graph for value in node.outputs if value.name]
+    ran = runner(with_outputs(model, names))(batch)
+    return found | {name: tuple(value.shape) for name, value in ran.items()}
 
 
 def macs(node: ir.Node, shape: Mapping[str, Shape]) -> int:
@@ -140,7 +137,3 @@ def consumers(value: ir.Value) -> tuple[ir.Node, ...]:
 def activations(node: ir.Node) -> tuple[ir.Value, ...]:
     """The inputs that are computed or given at run time (not constants, not absent)."""
     return tuple(value for value in node.inputs if value is not None and not value.is_initializer())
-
-
-def order(model: ir.Model) -> Sequence[ir.Node]:
-    return list(model.graph)

@@ -80,7 +80,7 @@ def decide(model: ir.Model, target: Target, rules: Sequence[Rule], shapes: Mappi
     Raises:
         RecipeError: a rule that matches no node, or asks for int8 where there is no integer kernel.
     """
-    nodes = graph.order(model)
+    nodes = list(model.graph)
     ruled = _match(rules, nodes)
     refused = {node: _refusal(node, target) for node in nodes}
     for node, rule in ruled.items():
@@ -162,7 +162,9 @@ def _layer_refusal(node: ir.Node, weight: object) -> str:
         return "its weight is computed at run time"
     if bias is not None and graph.constant(bias) is None:
         return "its bias is computed at run time"
-    if node.op_type == "Gemm" and (node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_int("transA", 0)):
+    if node.op_type == "Gemm" and (
+        node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_int("transA", 0) == 1
+    ):
         return "the integer kernel takes alpha = 1 and A as it is"
     return ""
 

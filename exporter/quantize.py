@@ -171,7 +171,9 @@ def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
             raise QuantizeError(f"{decision.op_type} {decision.node}: gone from the int8 graph", node=decision.node)
         if decision.precision == "float":
             continue
-        reads = [v for v in node.inputs if v is not None and v.dtype in (ir.DataType.FLOAT, None) and not _is_shape(node, v)]
+        reads = [
+            v for v in node.inputs if v is not None and v.dtype in (ir.DataType.FLOAT, None) and not _is_shape(node, v)
+        ]
         bare = [v.name for v in reads if v.producer() is None or _producer_type(v) != DEQUANTIZE]
         writes = [] if node.op_type in FLOAT_OUTPUT else [v for v in node.outputs if v.uses() or v.is_graph_output()]
         raw = [v.name for v in writes if any(usage.node.op_type != QUANTIZE for usage in v.uses()) or not v.uses()]
@@ -206,11 +208,15 @@ def _check_numbers(quantized: ir.Model, model: ir.Model) -> None:
         codes, scale = graph.constant(node.inputs[0]), graph.constant(node.inputs[1])
         name = _tensor(node)
         if scale is None or not np.all(np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)):
-            raise QuantizeError(f"tensor {name!r}", found=f"scale {scale}", expected="a positive normal float32", node=node.name or "")
+            raise QuantizeError(
+                f"tensor {name!r}", found=f"scale {scale}", expected="a positive normal float32", node=node.name or ""
+            )
         if codes is None:
             continue
         if codes.dtype == np.int8 and codes.size and codes.min() == -128:
-            raise QuantizeError(f"weight {name!r}", found="code -128", expected="-127..127: -128 wraps on ARM", node=node.name or "")
+            raise QuantizeError(
+                f"weight {name!r}", found="code -128", expected="-127..127: -128 wraps on ARM", node=node.name or ""
+            )
         bias = real.get(name)
         if codes.dtype == np.int32 and bias is not None:
             _check_bias(name, codes, scale, bias)

@@ -152,11 +152,14 @@ def _ours(error: pydantic.ValidationError, where: str) -> RecipeError:
     )
 
 
+_TABLES: dict[str, type[BaseModel]] = {"calibrate": Calibrate, "probe": Probe, "rules": Rule, "budget": Budget}
+
+
 def _fields(path: list[str]) -> list[str]:
     """The keys of the table at `path`."""
     table: type[BaseModel] = Recipe
     for part in path:
         if part.isdigit():
             continue
-        table = {"calibrate": Calibrate, "probe": Probe, "rules": Rule, "budget": Budget}[part]
+        table = _TABLES[part]
     return [name for name in table.model_fields if name != "text"]

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, cast
 
-import numpy as np
 import onnx
 import torch
 
@@ -87,7 +86,9 @@ def from_program(
     try:
         program = torch.export.load(path)
     except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
-        raise TraceError(str(path), found=_first_line(error), expected="a program saved by torch.export.save") from error
+        raise TraceError(
+            str(path), found=_first_line(error), expected="a program saved by torch.export.save"
+        ) from error
     if program.example_inputs is None:
         raise TraceError(str(path), found="no example inputs", do="export it again with torch.export.export")
     args, kwargs = program.example_inputs
@@ -202,9 +203,7 @@ def load_python(path: Path) -> ModuleType:
     return module
 
 
-def _check_names(
-    inputs: Mapping[str, Array], outputs: Sequence[str], dynamic: Mapping[str, Mapping[int, str]]
-) -> None:
+def _check_names(inputs: Mapping[str, Array], outputs: Sequence[str], dynamic: Mapping[str, Mapping[int, str]]) -> None:
     if not inputs or not outputs:
         raise TraceError("from_module", found="no inputs" if not inputs else "no outputs", expected="names for both")
     if isinstance(outputs, str):
@@ -220,9 +219,7 @@ def _check_names(
                 raise TraceError(f"dynamic: {name}", found=f"axis {axis}", expected=f"0..{inputs[name].ndim - 1}")
 
 
-def _input_axes(
-    inputs: Mapping[str, Array], dynamic: Mapping[str, Mapping[int, str]]
-) -> dict[str, dict[int, str]]:
+def _input_axes(inputs: Mapping[str, Array], dynamic: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
     return {name: dict(dynamic[name]) for name in inputs if dynamic.get(name)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import traceback
 import warnings
@@ -22,6 +23,8 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import NameFixPass
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_leaves
 
 from exporter import graph, proof
 from exporter.batches import Array, Batch
@@ -64,6 +67,8 @@ def to_onnx(source: Source) -> Traced:
             except Exception as error:  # torch raises RuntimeError, TypeError, AssertionError, its own: all mean "no"
                 failures.append(f"{name}: {_why(error)}")
                 faults += _operators(error) + _modules(error, module)
+                if any(isinstance(part, GuardOnDataDependentSymNode) for part in _chain(error)):
+                    break  # a branch on a value: TorchScript would keep the example's side of it, without a word
                 continue
             wrong = _disproof(model, reference)
             if not wrong:
@@ -71,7 +76,8 @@ def to_onnx(source: Source) -> Traced:
             failures.append(f"{name}: the graph differs from torch, {wrong}")
     faults = list(dict.fromkeys(faults))
     raise TraceError(
-        f"{source.name}: no exporter of torch gives an equal ONNX graph" + (f"; at fault: {', '.join(faults)}" if faults else ""),
+        f"{source.name}: no exporter of torch gives an equal ONNX graph"
+        + (f"; at fault: {', '.join(faults)}" if faults else ""),
         found="; ".join(failures),
         expected="a graph that can be traced: no Python control flow that depends on tensor values",
         do="use torch.where or torch.cond for the branch, replace the operator, or pass an ONNX file",
@@ -81,11 +87,17 @@ def to_onnx(source: Source) -> Traced:
 
 def _dynamo(source: Source, module: Any) -> ir.Model:
     labels = {label: torch.export.Dim(label) for axes in source.dynamic.values() for label in axes.values()}
-    shapes = {name: {axis: labels[label] for axis, label in source.dynamic.get(name, {}).items()} for name in source.inputs}
+    shapes = {
+        name: {axis: labels[label] for axis, label in source.dynamic.get(name, {}).items()} for name in source.inputs
+    }
     if isinstance(source.model, torch.export.ExportedProgram):
         program = torch.onnx.export(
-            source.model, input_names=[*source.inputs], output_names=[*source.outputs],
-            opset_version=OPSET, dynamo=True, verbose=False,
+            source.model,
+            input_names=[*source.inputs],
+            output_names=[*source.outputs],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
         )
     else:
         args, kwargs = _call(source, module, _widened(source))
@@ -102,8 +114,8 @@ def _dynamo(source: Source, module: Any) -> ir.Model:
 def _torchscript(source: Source, module: Any) -> ir.Model:
     if isinstance(source.model, torch.export.ExportedProgram):
         raise TypeError("an exported program has no TorchScript form")
-    buffer = io.BytesIO()
     args, kwargs = _call(source, module, _widened(source))
+    buffer: Any = io.BytesIO()  # torch says it takes a path; its TorchScript exporter takes a file too
     torch.onnx.export(
         module, args, buffer, kwargs=kwargs, input_names=[*source.inputs], output_names=[*source.outputs],
         dynamic_axes={name: dict(axes) for name, axes in source.dynamic.items()}, opset_version=OPSET, dynamo=False,
@@ -127,7 +139,9 @@ def _evaluating(source: Source) -> Iterator[Any]:
         try:
             module.eval()
         except Exception as error:  # a module's own train() may raise anything
-            raise TraceError(f"{source.name}: eval() failed", found=_why(error), do="export an eval-mode module") from error
+            raise TraceError(
+                f"{source.name}: eval() failed", found=_why(error), do="export an eval-mode module"
+            ) from error
         stuck = [name or type(part).__name__ for name, part in module.named_modules() if part.training]
         if stuck:
             raise TraceError(
@@ -165,7 +179,7 @@ def _torch_outputs(source: Source, module: Any, batch: Batch) -> dict[str, Array
             expected=f"a call with {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in batch.items())}",
             do="check names, dtypes and shapes of `inputs`",
         ) from error
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     if len(leaves) != len(source.outputs):
         raise TraceError(
             f"{source.name}: outputs",
@@ -195,11 +209,11 @@ def _widened(source: Source) -> Batch:
 
 def _variants(source: Source) -> Iterator[Batch]:
     """The example with each label's axes one larger and, separately, twice as large. Values repeat, so they stay real."""
-    for label in dict.fromkeys(label for axes in source.dynamic.values() for label in axes.values()):
-        for grow in (lambda size: size + 1, lambda size: size * 2):
+    for label, size in _sizes(source, source.inputs).items():
+        for other in dict.fromkeys((size + 1, size * 2)):
             yield {
                 name: _resized(
-                    value, {a: grow(value.shape[a]) for a, other in source.dynamic.get(name, {}).items() if other == label}
+                    value, {axis: other for axis, each in source.dynamic.get(name, {}).items() if each == label}
                 )
                 for name, value in source.inputs.items()
             }
@@ -230,16 +244,32 @@ def _disproof(model: ir.Model, reference: Sequence[tuple[Batch, Mapping[str, Arr
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracers' prints, warnings and logs out of the terminal."""
+    """Keep the tracers' prints, warnings and logs out of the terminal: Python's, and those of torch's C++."""
     previous = logging.root.manager.disable
     sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink), _quiet_files():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
             logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _quiet_files() -> Iterator[None]:
+    """Point the process's file descriptors 1 and 2 at nothing: C++ writes there, past sys.stdout."""
+    saved = [(number, os.dup(number)) for number in (1, 2)]
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number, _ in saved:
+            os.dup2(nothing, number)
+        yield
+    finally:
+        for number, copy in saved:
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nothing)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -256,14 +286,14 @@ def _why(error: BaseException) -> str:
     return f"{type(inner).__name__}: {lines[0][:180]}" if lines else type(inner).__name__
 
 
+# dynamo: "No ONNX function found for <OpOverload(op='aten.x', ..."; TorchScript: "the operator 'aten::x' to ONNX opset"
+_OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)'|operator '(\w+::\w+)'")
+
+
 def _operators(error: BaseException) -> list[str]:
-    """Operator names in the messages, e.g. aten.special_bessel_j0 (dynamo) or aten::special_bessel_j0 (TorchScript)."""
-    return [
-        name.replace("::", ".")
-        for part in _chain(error)
-        for name in re.findall(r"(?:No ONNX function found|No decompositions|operator|Unsupported)[^\n]*?\b(\w+(?:\.|::)\w+)", str(part))
-        if name.split(".")[0].split("::")[0] in {"aten", "prims", "torchvision", "custom", "mylib"} or "::" in name
-    ]  # fmt: skip
+    """Operator names in the messages of both exporters, as torch writes them: aten.special_bessel_j0."""
+    found = [match for part in _chain(error) for match in _OPERATOR.findall(str(part))]
+    return [(dynamo or script).replace("::", ".") for dynamo, script in found]
 
 
 def _modules(error: BaseException, module: Any) -> list[str]:

@@ -33,9 +33,9 @@ Shape = tuple[int, ...]
 # Kernel -> position of its weight among the inputs the profiler lists (it leaves out what an optional input lacks).
 CONV = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvInteger": 1, "QLinearConv": 3}
 MATMUL = {
-    **{name: 1 for name in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "TransposeMatMul")},
-    **{name: 1 for name in ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")},
-    **{name: 3 for name in ("QLinearMatMul", "QGemm")},
+    **dict.fromkeys(("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "TransposeMatMul"), 1),
+    **dict.fromkeys(("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), 1),
+    **dict.fromkeys(("QLinearMatMul", "QGemm"), 3),
 }
 RECURRENT = {"LSTM": 1, "GRU": 1, "RNN": 1, "DynamicQuantizeLSTM": 1}
 ATTENTION = {"Attention": 1, "QAttention": 1, "MultiHeadAttention": 1}

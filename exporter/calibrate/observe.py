@@ -113,7 +113,7 @@ def _range(values: Array, name: str, batch: int) -> Range | None:
             batch=batch,
         )
     whole = Range(low=low, high=high, elements=values.size, masked=0)
-    if -SATURATING < low and high < SATURATING:
+    if low > -SATURATING and high < SATURATING:
         return whole
     rest = values[np.abs(values) < SATURATING]
     if rest.size == 0:

@@ -78,7 +78,7 @@ def _mean_error(node: ir.Node, error: Array, mean: Array) -> Array:
         taps = error.reshape(error.shape[0], error.shape[1], -1).sum(axis=2)
         per_output = np.repeat(mean.reshape(groups, -1), error.shape[0] // groups, axis=0)
         return np.asarray((taps * per_output).sum(axis=1))
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     return np.asarray(error @ mean if transposed else mean @ error)
 
 
@@ -88,7 +88,7 @@ def _bias(node: ir.Node) -> tuple[ir.Node, int, Array] | None:
         value = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
         beta = node.attributes.get_float("beta", 1.0)
         return (node, 2, value) if value is not None and beta == 1 else None
-    readers = node.outputs[0].uses()
+    readers = list(node.outputs[0].uses())
     add = readers[0].node if len(readers) == 1 else None
     if add is None or add.op_type != "Add" or node.outputs[0].is_graph_output():
         return None

@@ -55,7 +55,11 @@ def _fold_affine(model: ir.Model, node: ir.Node) -> bool:
         else:
             bias = bias + per_channel
         base = conv.outputs[0].name
-        inputs = [conv.inputs[0], edit.initializer(model, f"{base}_weight", weight), edit.initializer(model, f"{base}_bias", bias)]
+        inputs = [
+            conv.inputs[0],
+            edit.initializer(model, f"{base}_weight", weight),
+            edit.initializer(model, f"{base}_bias", bias),
+        ]
         folded = ir.Node("", "Conv", inputs, conv.attributes.values(), name=conv.name)
         edit.replace(model, [conv, node], [folded], node.outputs[0], folded.outputs[0])
         return True
@@ -78,7 +82,12 @@ def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:
         return False
     x = node.inputs[0]
     scale, shift, mean, variance = (graph.constant(value) for value in node.inputs[1:5])
-    if x is None or x.shape is None or len(x.shape) not in (3, 4, 5) or node.attributes.get_int("training_mode", 0):
+    if (
+        x is None
+        or x.shape is None
+        or len(x.shape) not in (3, 4, 5)
+        or bool(node.attributes.get_int("training_mode", 0))
+    ):
         return False
     if scale is None or shift is None or mean is None or variance is None:
         return False

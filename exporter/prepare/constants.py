@@ -50,7 +50,7 @@ def rewrite(model: ir.Model) -> int:
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             passes.IdentityEliminationPass(),
             passes.RemoveUnusedNodesPass(),
-            passes.RemoveUnusedFunctionsPass(),
+            passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         )
     ]
     return matched + sum(modified)

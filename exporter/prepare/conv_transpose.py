@@ -45,8 +45,10 @@ def _to_subpixel(model: ir.Model, node: ir.Node) -> bool:
     if bias is not None:
         inputs.append(edit.initializer(model, f"{base}_subpixel_bias", np.tile(bias, block * block)))
     conv = ir.node("Conv", inputs, {"kernel_shape": [1, 1]}, name=node.name)
-    conv.outputs[0].dtype = node.inputs[0].dtype if node.inputs[0] is not None else None
-    shuffle = ir.node("DepthToSpace", [conv.outputs[0]], {"blocksize": block, "mode": "DCR"}, name=f"{node.name}_subpixel")
+    conv.outputs[0].type = node.inputs[0].type if node.inputs[0] is not None else None
+    shuffle = ir.node(
+        "DepthToSpace", [conv.outputs[0]], {"blocksize": block, "mode": "DCR"}, name=f"{node.name}_subpixel"
+    )
     edit.replace(model, [node], [conv, shuffle], node.outputs[0], shuffle.outputs[0])
     return True
 

@@ -12,8 +12,17 @@ from exporter.batches import Array
 def initializer(model: ir.Model, name: str, array: Array) -> ir.Value:
     """Register `array` as an initializer under `name`, or `name_1`, `name_2`... where that is taken."""
     taken = model.graph.initializers
-    unique = name if name not in taken else next(f"{name}_{i}" for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
-    value = ir.val(unique, ir.DataType(ir.DataType.from_numpy(array.dtype)), list(array.shape), const_value=ir.tensor(array, name=unique))
+    unique = (
+        name
+        if name not in taken
+        else next(f"{name}_{i}" for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
+    )
+    value = ir.val(
+        unique,
+        ir.DataType(ir.DataType.from_numpy(array.dtype)),
+        list(array.shape),
+        const_value=ir.tensor(array, name=unique),
+    )
     model.graph.register_initializer(value)
     return value
 

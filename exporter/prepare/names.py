@@ -18,7 +18,9 @@ def rewrite(model: ir.Model) -> int:
     for node in model.graph:
         if not node.name or node.name in taken:
             base = node.outputs[0].name or node.op_type
-            node.name = next(name for name in (base, *(f"{base}_{i}" for i in range(len(taken) + 1))) if name not in taken)
+            node.name = next(
+                name for name in (base, *(f"{base}_{i}" for i in range(len(taken) + 1))) if name not in taken
+            )
             modified = True
         taken.add(node.name)
     return int(modified)

@@ -30,6 +30,6 @@ def _to_pool(model: ir.Model, node: ir.Node) -> bool:
     if not node.attributes.get_int("keepdims", 1):
         squeeze = ir.node("Squeeze", [pooled, edit.initializer(model, f"{node.name}_axes", np.arange(2, rank))])
         pooled, new = squeeze.outputs[0], [pool, squeeze]
-        pool.outputs[0].dtype = x.dtype
+        pool.outputs[0].type = x.type
     edit.replace(model, [node], new, node.outputs[0], pooled)
     return True

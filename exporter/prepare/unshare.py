@@ -21,16 +21,16 @@ def rewrite(model: ir.Model) -> int:
     copies = 0
     for value in list(model.graph.initializers.values()):
         array = graph.constant(value)
-        roles: dict[object, list[ir.Usage]] = defaultdict(list)
+        roles: dict[object, list[tuple[ir.Node, int]]] = defaultdict(list)
         for usage in value.uses():
-            roles[_role(usage.node, usage.idx)].append(usage)
-        layered = any(usage.node.op_type in LAYERS for usages in roles.values() for usage in usages)
+            roles[_role(usage.node, usage.idx)].append((usage.node, usage.idx))
+        layered = any(node.op_type in LAYERS for readers in roles.values() for node, _ in readers)
         if array is None or array.dtype.kind != "f" or len(roles) < 2 or not layered:
             continue
-        for usages in list(roles.values())[1:]:
+        for readers in list(roles.values())[1:]:
             copy = edit.initializer(model, f"{value.name}_copy", array)
-            for usage in usages:
-                usage.node.replace_input_with(usage.idx, copy)
+            for node, index in readers:
+                node.replace_input_with(index, copy)
             copies += 1
     return copies
 

@@ -27,14 +27,18 @@ def render(report: Report) -> str:
     ]
     for output in report.drift.outputs:
         top1 = "" if output.same_top1 is None else f", same top-1 {100 * output.same_top1:.1f} %"
-        text = f"{output.name}: SNR {output.snr_db:.1f} dB, cosine {output.cosine:.5f}, max abs {output.max_abs:.3g}{top1}"
+        text = (
+            f"{output.name}: SNR {output.snr_db:.1f} dB, cosine {output.cosine:.5f}, max abs {output.max_abs:.3g}{top1}"
+        )
         lines += _row("drift", text)
     lines += _row("size", f"{_megabytes(report.fp32_bytes)} -> {_megabytes(report.int8_bytes)} MB")
     if report.timing is not None and report.timing.ratio is not None:
         threads = f"{report.timing.threads} thread{'s' if report.timing.threads != 1 else ''}"
         lines += _row("speed", f"int8 is {report.timing.ratio:.2f}x as fast as FP32 here ({threads}, medians in turn)")
     lines += _row("budget", "; ".join(map(str, report.lines)) or "none asked for")
-    lines += _row("verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met))
+    lines += _row(
+        "verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met)
+    )
     return "\n".join(lines)
 
 
