@@ -302,7 +302,7 @@ def _modules(error: BaseException, module: Any) -> list[str]:
     home = str(Path(torch.__file__).parent)
     for part in _chain(error):
         for frame, line in reversed(list(traceback.walk_tb(part.__traceback__))):
-            owner = frame.f_locals.get("self")
+            owner = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
             if id(owner) in names and not frame.f_code.co_filename.startswith(home):
                 return [f"module {names[id(owner)]} ({Path(frame.f_code.co_filename).name}:{line})"]
     return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +60,14 @@ def _load(name: str) -> ModuleType:
     return _loaded[name]
 
 
+def _require_vnni() -> None:
+    """Elsewhere 8-bit weights saturate on x86, and the numbers are not these; ARM has no such kernels."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text(encoding="utf-8") if cpu.is_file() else ""
+    if "avx2" in flags and "vnni" not in flags:
+        pytest.skip(f"recipe {RECIPE} is for CPUs with AVX512-VNNI or AVX-VNNI, and this one has neither")
+
+
 def _bytes(batches: Iterator[dict[str, np.ndarray]]) -> set[bytes]:
     """What each row of each batch says, to see whether two parts share one."""
     return {row.tobytes() for batch in batches for row in next(iter(batch.values()))}
@@ -67,8 +75,9 @@ def _bytes(batches: Iterator[dict[str, np.ndarray]]) -> set[bytes]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sample_meets_its_recorded_numbers(name: str, tmp_path: Path) -> None:
+    _require_vnni()
     sample = _load(name)
-    exporter.export(
+    report = exporter.export(
         sample.source(),
         exporter.load_recipe(RECIPE),
         calibration=sample.calibration(),
@@ -79,10 +88,12 @@ def test_sample_meets_its_recorded_numbers(name: str, tmp_path: Path) -> None:
     verdict = runtime.check(bundle)
     assert verdict.exact and verdict.met
     found = {
-        "worst_snr_db": verdict.drift.worst_snr_db,
+        "worst_snr_db": report.drift.worst_snr_db,
         "integer_macs": verdict.integer_macs,
-        "int8_bytes": float(bundle.manifest.files["model.int8.onnx"].size_bytes),
-        "fp32_bytes": float(bundle.manifest.files[FP32].size_bytes),
+        "int8_nodes": report.int8_nodes,
+        "float_nodes": report.float_nodes,
+        "int8_bytes": bundle.manifest.files["model.int8.onnx"].size_bytes,
+        "fp32_bytes": bundle.manifest.files[FP32].size_bytes,
         **_scores(sample, bundle),
     }
     record = SAMPLES / name / "expected.json"
@@ -178,7 +189,7 @@ def _scores(sample: ModuleType, bundle: runtime.Bundle) -> dict[str, float]:
     return {f"{kind}_{metric}": value for kind, run in runs.items() for metric, value in evaluate(run).items()}
 
 
-def _write(record: Path, found: dict[str, float], bundle: runtime.Bundle) -> None:
+def _write(record: Path, found: Mapping[str, float], bundle: runtime.Bundle) -> None:
     """Record `found`, keeping the tolerances that the file has; speed goes in beside it and is never compared."""
     old = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"numbers": {}}
     timing = runtime.bench(bundle, rounds=100)
@@ -193,11 +204,12 @@ def _write(record: Path, found: dict[str, float], bundle: runtime.Bundle) -> Non
 
 
 def _rounded(value: float) -> float | int:
-    return int(value) if value == int(value) and value > 1 else round(value, 4)
+    return value if isinstance(value, int) else round(value, 4)
 
 
-def _tolerance(key: str, value: float) -> float:
-    """What another machine may differ by: floats of torch and ONNX Runtime round differently on each kind of CPU."""
+def _tolerance(key: str, value: float) -> float | int:
+    """What another machine may differ by: torch and ONNX Runtime round floats differently on each kind of CPU."""
     if key.endswith("_bytes"):
-        return round(0.02 * value)  # names and float islands
-    return {"worst_snr_db": 3.0, "integer_macs": 0.01}.get(key, 0.02)
+        return round(0.02 * value)  # names, and nodes that take other forms
+    # the SNR of a corrected model hangs on small sums; a score on 64 pairs moves by 0.016 when one of them flips
+    return {"worst_snr_db": 3.0, "integer_macs": 0.01, "int8_nodes": 0, "float_nodes": 0}.get(key, 0.02)
