@@ -148,7 +148,7 @@ def _refusal(node: ir.Node, target: Target) -> str:
         if weight is not None and weight.ndim != 2:
             return f"its weight has rank {weight.ndim}: the integer kernel takes one scale per column of a matrix"
         if weight is None and not target.activations_matmul:
-            return "a product of two activations does not pay in int8"
+            return "a product of two activations: its integer kernel saves little and rounds both factors"
     if op in target.movers and first.is_initializer():
         return "it reads a constant table"
     if op in REMOVABLE:

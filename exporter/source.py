@@ -8,6 +8,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import io
+import json
+import pickle  # noqa: TID251 (the name of torch.load's refusal; nothing is unpickled by us)
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,11 +84,13 @@ def from_program(
     """A torch.export program (.pt2). Its example inputs and dynamic shapes are in the file.
 
     Raises:
-        TraceError: the file is no torch.export program, or carries no example inputs.
+        TraceError: the file is no torch.export program, holds a pickle that could run code, or no example inputs.
     """
     path = Path(path)
     try:
-        program = torch.export.load(path)
+        content = io.BytesIO(path.read_bytes())
+        _refuse_pickles(content, path)
+        program = torch.export.load(content)
     except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
         raise TraceError(
             str(path), found=_first_line(error), expected="a program saved by torch.export.save"
@@ -221,6 +227,44 @@ def _check_names(inputs: Mapping[str, Array], outputs: Sequence[str], dynamic: M
 
 def _input_axes(inputs: Mapping[str, Array], dynamic: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
     return {name: dict(dynamic[name]) for name in inputs if dynamic.get(name)}
+
+
+def _refuse_pickles(content: io.BytesIO, path: Path) -> None:
+    """Let through only archives that torch.export.load reads without unpickling anything but plain tensors.
+
+    Its own fallbacks unpickle freely: weights and constants of `use_pickle`, custom objects, files named *.pt, the layout
+    of torch 2.7 and before; and it opens compiled libraries (data/aotinductor).
+    """
+    archive = torch._C.PyTorchFileReader(content)
+    names = set(archive.get_all_records())
+    if "archive_format" not in names:
+        raise RuntimeError("no archive_format: not a program, or one of torch 2.7 or before")
+    code = [name for name in names if not _PLAIN_RECORD.fullmatch(name)]
+    for name in names:
+        if name.endswith("_config.json"):
+            entries = json.loads(archive.get_record(name))["config"].values()
+            code += [e["path_name"] for e in entries if e["use_pickle"] or not _PLAIN_TENSOR.fullmatch(e["path_name"])]
+        if name.startswith("data/sample_inputs/"):
+            try:
+                torch.load(io.BytesIO(archive.get_record(name)), weights_only=True)
+            except pickle.UnpicklingError:
+                code.append(name)
+    content.seek(0)
+    if code:
+        raise TraceError(
+            str(path),
+            found=f"a pickle or compiled code ({min(code)}), which runs when it is read",
+            expected="a program of plain tensors",
+            do="load it in a file.py that offers source()",
+        )
+
+
+# what torch 2.8 and later write for a program of plain tensors
+_PLAIN_RECORD = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/.*|extra/.*|models/[^/]*\.json|data/sample_inputs/[^/]*\.pt"
+    r"|data/(weights|constants)/([^/]*_config\.json|(weight|tensor)_\d+)"
+)
+_PLAIN_TENSOR = re.compile(r"(weight|tensor)_\d+")
 
 
 def _program_axes(
