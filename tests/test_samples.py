@@ -54,7 +54,8 @@ def _load(name: str) -> ModuleType:
         pytest.skip(f"samples/{name} needs {', '.join(missing)}: {command}")
     if name not in _loaded:
         spec = spec_from_file_location(f"sample_{name}", SAMPLES / name / "sample.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sample = module_from_spec(spec)
         spec.loader.exec_module(sample)
         _loaded[name] = sample
@@ -87,7 +88,8 @@ def test_sample_meets_its_recorded_numbers(name: str, tmp_path: Path) -> None:
     )
     bundle = runtime.load(tmp_path / name, threads=THREADS)
     verdict = runtime.check(bundle)
-    assert verdict.exact and verdict.met
+    assert verdict.exact
+    assert verdict.met
     found = {
         "worst_snr_db": report.drift.worst_snr_db,
         "integer_macs": verdict.integer_macs,
@@ -122,8 +124,11 @@ def test_every_sample_has_its_files_and_a_test() -> None:
 def test_calibration_and_heldout_share_no_row_and_repeat_themselves(name: str) -> None:
     sample = _load(name)
     seen, unseen = _bytes(sample.calibration()), _bytes(sample.heldout())
-    assert seen and unseen and not seen & unseen
-    assert seen == _bytes(sample.calibration()) and unseen == _bytes(sample.heldout())
+    assert seen
+    assert unseen
+    assert not seen & unseen
+    assert seen == _bytes(sample.calibration())
+    assert unseen == _bytes(sample.heldout())
 
 
 def test_digits_scores_rows_that_nothing_else_has_seen() -> None:
@@ -145,8 +150,10 @@ def test_digits_training_repeats_itself_and_leaves_torch_as_it_was(monkeypatch: 
     monkeypatch.setattr(sample, "EPOCHS", 1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     first, second = (sample._trained.__wrapped__().state_dict() for _ in range(2))
-    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
-    assert first and all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
+    assert first
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_lite0_deals_a_folder_of_pictures_into_parts_that_share_none(tmp_path: Path) -> None:
