@@ -7,6 +7,7 @@ example and, where axes are dynamic, at other sizes too: an exporter that silent
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -116,8 +117,10 @@ def _torchscript(source: Source, module: Any) -> ir.Model:
         raise TypeError("an exported program has no TorchScript form")
     args, kwargs = _call(source, module, _widened(source))
     buffer: Any = io.BytesIO()  # torch says it takes a path; its TorchScript exporter takes a file too
+    # named arguments become positional ones in forward's order, whatever order they are given in
+    names = sorted(source.inputs, key=[*inspect.signature(module.forward).parameters].index) if kwargs else source.inputs
     torch.onnx.export(
-        module, args, buffer, kwargs=kwargs, input_names=[*source.inputs], output_names=[*source.outputs],
+        module, args, buffer, kwargs=kwargs, input_names=[*names], output_names=[*source.outputs],
         dynamic_axes={name: dict(axes) for name, axes in source.dynamic.items()}, opset_version=OPSET, dynamo=False,
     )  # fmt: skip
     return ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
