@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from exporter import batches
+from exporter.errors import CalibrationError
+from runtime.manifest import Tensor
+
+IMAGE = Tensor(name="image", dtype="float32", shape=("batch", 3))
+IDS = Tensor(name="ids", dtype="int64", shape=("batch", "length"))
+
+
+def image(fill: float, size: int = 2) -> dict[str, NDArray[np.float32]]:
+    return {"image": np.full((size, 3), fill, np.float32)}
+
+
+def fills(read: Iterator[batches.Batch]) -> list[float]:
+    return [float(batch["image"][0, 0]) for batch in read]
+
+
+def refusal(given: object, *tensors: Tensor) -> CalibrationError:
+    with pytest.raises(CalibrationError) as error:
+        list(batches.read(given, tensors or (IMAGE,), "calibration"))
+    return error.value
+
+
+def test_dicts_tuples_lists_arrays_and_tensors_give_the_same_batch() -> None:
+    array = np.ones((2, 3), np.float32)
+    given = [{"image": array}, (array,), [array], array, torch.ones(2, 3), {"image": torch.ones(2, 3, requires_grad=True)}]
+    for batch in batches.read(given, (IMAGE,), "calibration"):
+        np.testing.assert_array_equal(batch["image"], array, strict=True)
+
+
+def test_data_loader_with_labels_gives_the_inputs() -> None:
+    dataset = torch.utils.data.TensorDataset(torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 0, 1]))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2)
+    assert fills(batches.read(loader, (IMAGE,), "calibration")) == [0.0, 6.0]
+
+
+def test_inputs_that_the_model_does_not_have_are_left_out() -> None:
+    batch = next(batches.read([image(1) | {"label": np.zeros(2)}], (IMAGE,), "calibration"))
+    assert [*batch] == ["image"]
+
+
+def test_files_are_one_batch_each_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, fill in (("b", 2.0), ("a", 1.0)):
+        np.savez(tmp_path / f"{name}.npz", **image(fill))
+    np.save(tmp_path / "c.npy", image(3)["image"])
+    (tmp_path / "notes.txt").write_text("no batch")
+    assert fills(batches.read(tmp_path, (IMAGE,), "calibration")) == [1.0, 2.0, 3.0]
+    assert fills(batches.read(str(tmp_path / "b.npz"), (IMAGE,), "calibration")) == [2.0]
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "found no .npz or .npy files" in str(refusal(tmp_path / "empty"))
+    (tmp_path / "text.npz").write_text("no archive")
+    assert "text.npz: found " in str(refusal(tmp_path / "text.npz"))
+    np.save(tmp_path / "pickled.npy", np.array([object()]), allow_pickle=True)
+    assert "pickled.npy: found Object arrays cannot be loaded" in str(refusal(tmp_path / "pickled.npy"))
+    assert "none.npz: found " in str(refusal(tmp_path / "none.npz"))
+
+
+def test_no_data_one_dict_and_an_empty_iterable_say_what_to_do() -> None:
+    assert "calibration: no data" in str(refusal(None))
+    assert "found one dict, expected an iterable of dicts; wrap it: [batch]" in str(refusal(image(1)))
+    with pytest.raises(CalibrationError, match="no batches: found an empty iterable"):
+        batches.split([], None, (IMAGE,))
+
+
+def test_wrong_name_dtype_rank_and_size_name_batch_and_input() -> None:
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"picture": image(1)["image"]}, "found inputs picture, expected inputs image; rename 'picture'"),
+        ({"image": np.ones((2, 3))}, "found dtype float64, expected float32; convert it with .astype('float32')"),
+        ({"image": np.ones(3, np.float32)}, "found shape [3], expected shape ['batch', 3]"),
+        ({"image": np.ones((2, 4), np.float32)}, "found shape [2, 4], expected shape ['batch', 3]"),
+        ({"image": np.array([["a", "b", "c"]])}, "expected numbers"),
+    ]
+    for raw, says in wrong:
+        error = refusal([image(1), raw])
+        assert says in str(error)
+        assert error.tensor == "image"
+        assert error.batch == (None if "numbers" in says else 1)
+
+
+def test_too_few_arrays_in_a_tuple_are_refused() -> None:
+    assert "found 1 arrays, expected 2: image, ids" in str(refusal([(image(1)["image"],)], IMAGE, IDS))
+
+
+@pytest.mark.parametrize(("bad", "kind"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity")])
+def test_nan_and_infinity_in_batch_17_are_named(bad: float, kind: str) -> None:
+    given = [image(float(number)) for number in range(20)]
+    given[17]["image"][1, 2] = bad
+    error = refusal(given)
+    assert (error.batch, error.tensor) == (17, "image")
+    assert str(error).startswith(f"calibration batch 17: input 'image': found {kind}, expected finite numbers")
+
+
+def test_iterable_is_read_once_and_only_as_far_as_asked() -> None:
+    pulled: list[int] = []
+
+    def stream() -> Iterator[dict[str, NDArray[np.float32]]]:
+        for number in range(100):
+            pulled.append(number)
+            yield image(float(number))
+
+    reader = batches.read(stream(), (IMAGE,), "calibration")
+    assert (next(reader)["image"][0, 0], next(reader)["image"][0, 0]) == (0.0, 1.0)
+    assert pulled == [0, 1]
+    split = batches.split(stream(), [image(-1)], (IMAGE,))
+    assert fills(split.calibration()) == [*map(float, range(100))]
+    assert pulled == [0, 1, *range(100)]
+    assert len(split.kept) == split.KEPT
+
+
+def test_every_fourth_batch_is_kept_apart_where_there_is_no_heldout() -> None:
+    split = batches.split([image(float(number)) for number in range(10)], None, (IMAGE,))
+    assert split.total == 10
+    assert fills(split.calibration()) == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert fills(split.heldout()) == [3, 7]
+    assert (split.repeated, split.overlapping, split.random) == (0, False, False)
+
+
+def test_heldout_batch_that_calibration_saw_is_left_out_and_counted() -> None:
+    split = batches.split([image(1), image(2)], [image(2), image(3), image(1), image(4)], (IMAGE,))
+    list(split.calibration())
+    assert fills(split.heldout()) == [3, 4]
+    assert (split.repeated, split.overlapping) == (2, False)
+
+
+def test_heldout_that_is_all_calibration_is_used_and_said_to_overlap() -> None:
+    split = batches.split([image(1), image(2)], [image(2), image(1)], (IMAGE,))
+    list(split.calibration())
+    assert fills(split.heldout()) == [2, 1]
+    assert (split.repeated, split.overlapping) == (2, True)
+
+
+def test_repeated_batch_cannot_be_kept_apart_from_itself() -> None:
+    split = batches.split([image(1)] * 8, None, (IMAGE,))
+    assert len(list(split.calibration())) == 6
+    assert fills(split.heldout()) == [1, 1]
+    assert split.overlapping
+
+
+def test_random_data_is_made_only_when_it_is_named() -> None:
+    split = batches.split("random", "random", (IMAGE, IDS))
+    seen, unseen = list(split.calibration()), list(split.heldout())
+    assert split.random and (len(seen), len(unseen)) == (8, 8)
+    assert seen[0]["image"].dtype == np.float32 and seen[0]["image"].shape == (1, 3)
+    assert seen[0]["ids"].dtype == np.int64 and set(np.unique([batch["ids"] for batch in seen])) <= {0, 1}
+    assert not {batches.digest(b) for b in seen} & {batches.digest(b) for b in unseen}
+    again = list(batches.split("random", "random", (IMAGE, IDS)).calibration())
+    assert [batches.digest(b) for b in again] == [batches.digest(b) for b in seen]
+
+
+@given(st.lists(st.integers(-3, 3), min_size=6, max_size=6), st.integers(0, 5), st.sampled_from(["<f4", "<i4", "<f8"]))
+def test_digest_tells_every_change_of_value_shape_dtype_and_name(values: list[int], at: int, dtype: str) -> None:
+    array = np.array(values, dtype)
+    changed = array.copy()
+    changed[at] += 1
+    other = {"<f4": "<i4", "<i4": "<f4", "<f8": "<f4"}[dtype]
+    variants = [{"x": array}, {"x": changed}, {"x": array.reshape(2, 3)}, {"x": array.astype(other)}, {"y": array}]
+    assert len({batches.digest(batch) for batch in variants}) == len(variants)
+    assert batches.digest({"x": array, "y": changed}) == batches.digest({"y": changed.copy(), "x": array.copy()})

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporter import graph
+from runtime.kernels import trace
+from tests.exporter import graphs
+
+NET = """(float[N,3,8,8] x) => (float[N,4] y) {
+    [conv] c = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w)
+    [depthwise] d = Conv<group=8, pads=[1,1,1,1]>(c, v)
+    [up] u = ConvTranspose<strides=[2,2]>(d, t)
+    [flat] f = Flatten(u)
+    [head] y = Gemm<transB=1>(f, g, b)
+}"""
+WEIGHTS = {
+    "w": graphs.noise(1, 8, 3, 3, 3), "v": graphs.noise(2, 8, 1, 3, 3), "t": graphs.noise(3, 8, 2, 2, 2),
+    "g": graphs.noise(4, 4, 128), "b": graphs.noise(5, 4),
+}  # fmt: skip
+BATCH = {"x": graphs.noise(6, 5, 3, 8, 8)}
+# batch 5: 8 maps of 4x4 from 3 channels by 3x3; depthwise 3x3; 4x4 pixels of 8 channels to 2 channels by 2x2; 4 x 128
+MACS = {"conv": 5 * 8 * 16 * 27, "depthwise": 5 * 8 * 16 * 9, "up": 5 * 8 * 16 * 2 * 4, "flat": 0, "head": 5 * 4 * 128}
+
+
+def test_shapes_are_those_of_the_run_weights_included() -> None:
+    found = graph.shapes(graphs.model(NET, WEIGHTS), BATCH)
+    expected = {
+        "x": (5, 3, 8, 8), "c": (5, 8, 4, 4), "d": (5, 8, 4, 4), "u": (5, 2, 8, 8), "f": (5, 128), "y": (5, 4),
+    }  # fmt: skip
+    assert found == expected | {name: weight.shape for name, weight in WEIGHTS.items()}
+
+
+def test_macs_by_hand() -> None:
+    model = graphs.model(NET, WEIGHTS)
+    shapes = graph.shapes(model, BATCH)
+    assert {node.name: graph.macs(node, shapes) for node in model.graph} == MACS
+
+
+def test_macs_are_those_the_runtime_counts(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(graph.to_bytes(graphs.model(NET, WEIGHTS)))
+    assert trace(path, BATCH).macs == sum(MACS.values())
+
+
+def test_macs_of_matmul_and_lstm_by_hand() -> None:
+    matmul = graphs.model(
+        "(float[2,6,8] a, float[2,8,10] b) => (float[2,6,10] y) { [m] y = MatMul(a, b) }"
+    )
+    shapes = graph.shapes(matmul, {"a": graphs.noise(1, 2, 6, 8), "b": graphs.noise(2, 2, 8, 10)})
+    assert graph.macs(graphs.node(matmul, "m"), shapes) == 2 * 6 * 10 * 8
+    lstm = graphs.model(
+        "(float[7,2,8] x) => (float[7,1,2,16] y) { [l] y = LSTM<hidden_size=16>(x, w, r) }",
+        {"w": graphs.noise(1, 1, 64, 8), "r": graphs.noise(2, 1, 64, 16)},
+    )
+    shapes = graph.shapes(lstm, {"x": graphs.noise(3, 7, 2, 8)})
+    assert graph.macs(graphs.node(lstm, "l"), shapes) == 7 * 2 * 4 * 16 * (8 + 16)
+
+
+def test_dimension_without_a_name_is_called_after_its_tensor() -> None:
+    model = graphs.model("(float[?,4] x) => (float[N,4] y) { y = Relu(x) }")
+    model.graph.inputs[0].shape = ir.Shape([None, 4])
+    assert graph.inputs(model)[0].shape == ("x_0", 4)
+    assert graph.outputs(model)[0].shape == ("N", 4)
+
+
+def test_initializer_that_an_old_file_lists_as_input_is_not_asked_of_the_caller() -> None:
+    proto = graphs.proto("(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": np.eye(4, dtype=np.float32)})
+    model = ir.serde.deserialize_model(proto)
+    assert [tensor.name for tensor in graph.inputs(model)] == ["x"]
+
+
+def test_same_model_gives_the_same_bytes() -> None:
+    model = graphs.model(NET, WEIGHTS)
+    assert graph.to_bytes(model) == graph.to_bytes(model.clone()) == graph.to_bytes(graphs.model(NET, WEIGHTS))
+
+
+def test_with_outputs_leaves_the_model_alone_and_reads_inner_tensors() -> None:
+    model = graphs.model(NET, WEIGHTS)
+    inner = graph.runner(graph.with_outputs(model, ["c", "f"]))(BATCH)
+    assert {name: value.shape for name, value in inner.items()} == {"c": (5, 8, 4, 4), "f": (5, 128)}
+    assert [value.name for value in model.graph.outputs] == ["y"]
+
+
+def test_graph_that_onnxruntime_refuses_and_batch_that_does_not_fit_are_run_errors() -> None:
+    model = graphs.model("(float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
+    with pytest.raises(graph.RunError, match="Got invalid dimensions for input: x"):
+        graph.runner(model)({"x": np.ones((1, 5), np.float32)})
+    model.graph[0].op_type = "NoSuchOperator"
+    with pytest.raises(graph.RunError, match="NoSuchOperator"):
+        graph.runner(model)
+
+
+def test_constant_is_the_array_of_an_initializer_and_nothing_else() -> None:
+    model = graphs.model(NET, WEIGHTS)
+    conv = graphs.node(model, "conv")
+    np.testing.assert_array_equal(graph.constant(conv.inputs[1]), WEIGHTS["w"])
+    assert graph.constant(conv.inputs[0]) is None and graph.constant(None) is None
+
+
+def test_activations_and_consumers() -> None:
+    model = graphs.model("(float[N,4] x) => (float[N,4] y) { [a] r = Relu(x)\n [b] y = Add(r, r) }")
+    a, b = graphs.node(model, "a"), graphs.node(model, "b")
+    assert graph.consumers(a.outputs[0]) == (b,)
+    assert [value.name for value in graph.activations(b)] == ["r", "r"]
