@@ -24,6 +24,7 @@ from exporter.report import Report
 from exporter.source import Sample, Source, from_file, from_onnx, from_program, load_python
 from runtime import manifest as manifests
 from runtime.bundle import load
+from runtime.errors import PacklightError
 from runtime.manifest import canonical
 from runtime.session import open_session
 
@@ -148,8 +149,13 @@ def _given(text: str | None) -> Any:
 
 
 def _export(source: Source, recipe: str, seen: Any, unseen: Any, out: Path) -> Report:
-    with Terminal() as progress:
-        return export(source, load_recipe(recipe), calibration=seen, heldout=unseen, out=out, progress=progress)
+    try:
+        with Terminal() as progress:
+            return export(source, load_recipe(recipe), calibration=seen, heldout=unseen, out=out, progress=progress)
+    except KeyboardInterrupt:
+        raise PacklightError(
+            "interrupted", found="Ctrl-C", do="run it again; no half-written bundle was left"
+        ) from None
 
 
 def _finish(report: Report, out: Path, sample: Sample | None, as_json: bool) -> None:

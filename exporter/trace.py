@@ -118,7 +118,9 @@ def _torchscript(source: Source, module: Any) -> ir.Model:
     args, kwargs = _call(source, module, _widened(source))
     buffer: Any = io.BytesIO()  # torch says it takes a path; its TorchScript exporter takes a file too
     # named arguments become positional ones in forward's order, whatever order they are given in
-    names = sorted(source.inputs, key=[*inspect.signature(module.forward).parameters].index) if kwargs else source.inputs
+    names = (
+        sorted(source.inputs, key=[*inspect.signature(module.forward).parameters].index) if kwargs else source.inputs
+    )
     torch.onnx.export(
         module, args, buffer, kwargs=kwargs, input_names=[*names], output_names=[*source.outputs],
         dynamic_axes={name: dict(axes) for name, axes in source.dynamic.items()}, opset_version=OPSET, dynamo=False,

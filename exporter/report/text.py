@@ -23,15 +23,15 @@ def render(report: Report) -> str:
         *(line for layers in _float_layers(report) for line in _row("", layers)),
         *(line for correction in _corrections(report) for line in _row("", correction)),
         *_row("data", _data(report)),
-        *_row("integers", f"{100 * report.integer_macs:.1f} % of {report.macs / 1e6:.1f} M MACs ({_kernels(report)})"),
+        *_row("integers", f"{_percent(report.integer_macs)} of {_millions(report.macs)} MACs ({_kernels(report)})"),
     ]
     for output in report.drift.outputs:
-        top1 = "" if output.same_top1 is None else f", same top-1 {100 * output.same_top1:.1f} %"
+        top1 = "" if output.same_top1 is None else f", same top-1 {_percent(output.same_top1)}"
         text = (
             f"{output.name}: SNR {output.snr_db:.1f} dB, cosine {output.cosine:.5f}, max abs {output.max_abs:.3g}{top1}"
         )
         lines += _row("drift", text)
-    lines += _row("size", f"{_megabytes(report.fp32_bytes)} -> {_megabytes(report.int8_bytes)} MB")
+    lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}")
     if report.timing is not None and report.timing.ratio is not None:
         threads = f"{report.timing.threads} thread{'s' if report.timing.threads != 1 else ''}"
         lines += _row("speed", f"int8 is {report.timing.ratio:.2f}x as fast as FP32 here ({threads}, medians in turn)")
@@ -76,8 +76,16 @@ def _kernels(report: Report) -> str:
     return ", ".join(f"{count.kernel} {count.types} {count.nodes}" for count in with_macs[:4])
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\u00a0%"  # a space that does not break
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}\u00a0M" if count >= 1e5 else str(count)
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2f}\u00a0MB" if size >= 1e4 else f"{size}\u00a0bytes"
 
 
 def _row(label: str, value: str) -> list[str]:
