@@ -97,12 +97,21 @@ def _orts(fp32: Path, calibration: Sequence[Batch], folder: Path) -> list[Model]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            quant_pre_process(fp32, clean, auto_merge=True)
+            _pre_process(fp32, clean)
             quantize_static(clean, plain, Reader(calibration))
             quantize_static(clean, best, Reader(calibration), activation_type=QuantType.QUInt8, per_channel=True)
     finally:
         logging.disable(logging.NOTSET)
     return [Model(name=name, path=path, entries=NO_ENTRIES) for name, path in (("ort", plain), ("ort-u8s8", best))]
+
+
+def _pre_process(fp32: Path, out: Path) -> None:
+    """ONNX Runtime's preparation; its symbolic shape inference, a part that may be skipped, fails on some graphs."""
+    try:
+        quant_pre_process(fp32, out, auto_merge=True)
+    except Exception as error:  # it raises whatever sympy, onnx or its own dictionaries do
+        print(f"quant_pre_process without symbolic shapes, which fails here: {type(error).__name__}: {error}")
+        quant_pre_process(fp32, out, skip_symbolic_shape=True)
 
 
 def medians_ms(models: Sequence[Model], batch: Batch, rounds: int) -> list[float]:
