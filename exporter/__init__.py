@@ -4,7 +4,7 @@ from exporter.errors import CalibrationError, QuantizeError, RecipeError, TraceE
 from exporter.pipeline import export
 from exporter.recipe import Recipe, load_recipe
 from exporter.report import Report
-from exporter.source import Source, from_module, from_onnx, from_program
+from exporter.source import Source, from_module, from_onnx, from_pretrained, from_program
 
 __all__ = [
     "CalibrationError",
@@ -17,6 +17,7 @@ __all__ = [
     "export",
     "from_module",
     "from_onnx",
+    "from_pretrained",
     "from_program",
     "load_recipe",
 ]

@@ -6,6 +6,7 @@ Exit status: 0 met, 1 not met, 2 could not run.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from exporter.errors import CalibrationError, TraceError
 from exporter.pipeline import export
 from exporter.recipe import load_recipe, presets
 from exporter.report import Report
-from exporter.source import Sample, Source, from_file, from_onnx, from_program, load_python
+from exporter.source import Sample, Source, from_file, from_onnx, from_pretrained, from_program, load_python
 from runtime import manifest as manifests
 from runtime.bundle import load
 from runtime.errors import PacklightError
@@ -44,7 +45,7 @@ def run(
         typer.Argument(
             metavar="SOURCE",
             help="file.py, file.py:function or a folder with sample.py, which offers source(), calibration(), heldout(); "
-            "or model.onnx, model.pt2 with --calibration.",
+            "or, with --calibration, model.onnx, model.pt2 or a Hugging Face folder.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The bundle to write; an old bundle is replaced.")] = Path(
@@ -70,6 +71,9 @@ def run(
             metavar="DATA", help="The same, for drift. Without it every fourth calibration batch is kept apart."
         ),
     ] = None,
+    task: Annotated[
+        str, typer.Option(metavar="NAME", help="What a Hugging Face model is for, in optimum's words.")
+    ] = "auto",
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Pictures for a sample whose calibration(images) takes them.")
     ] = None,
@@ -78,9 +82,10 @@ def run(
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
     if target and recipe:
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
-    model, seen, unseen, sample = _read(source, calibration, heldout, images)
+    model, seen, unseen, sample = _read(source, task, calibration, heldout, images)
     chosen = recipe or target or (str(sample.recipe) if sample and sample.recipe else DEFAULT_RECIPE)
-    _finish(_export(model, chosen, seen, unseen, out), out, sample, as_json)
+    report = _export(model, chosen, seen, unseen, out)
+    _finish(report, _scores(out, sample), out, as_json)
 
 
 @demo_app.command(epilog="Example: packlight demo --out build/digits")
@@ -97,11 +102,12 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="packlight-demo-") as folder:
         place = out or Path(folder) / "digits"
         seen, unseen = _data(sample.calibration, None, None), _data(sample.heldout, None, None)
-        _finish(_export(sample.source(), target, seen, unseen, place), place, sample, as_json)
+        report = _export(sample.source(), target, seen, unseen, place)
+        _finish(report, _scores(place, sample), out, as_json)
 
 
 def _read(
-    source: str, calibration: str | None, heldout: str | None, images: Path | None
+    source: str, task: str, calibration: str | None, heldout: str | None, images: Path | None
 ) -> tuple[Source, Any, Any, Sample | None]:
     """The model and its data, from a Python file or a model file."""
     reader: dict[str, Callable[[str], Source]] = {".onnx": from_onnx, ".pt2": from_program}
@@ -113,6 +119,8 @@ def _read(
         )  # fmt: skip
     if suffix in reader:
         return reader[suffix](source), _given(calibration), _given(heldout), None
+    if (Path(source) / "config.json").is_file():
+        return from_pretrained(source, task), _given(calibration), _given(heldout), None
     sample = from_file(source)
     return (
         sample.source(),
@@ -158,16 +166,15 @@ def _export(source: Source, recipe: str, seen: Any, unseen: Any, out: Path) -> R
         ) from None
 
 
-def _finish(report: Report, out: Path, sample: Sample | None, as_json: bool) -> None:
-    """Print the report and, where the sample can score, its own metrics; exit 0 or 1."""
-    scores = _scores(out, sample)
+def _finish(report: Report, scores: dict[str, tuple[float, float]], kept: Path | None, as_json: bool) -> None:
+    """Print the report, the sample's own metrics and where the bundle is kept; exit 0 or 1."""
     if as_json:
         typer.echo(report.to_json() if not scores else canonical({"report": report, "scores": scores}), nl=False)
     else:
         typer.echo(str(report))
         for metric, (fp32, int8) in scores.items():
             typer.echo(f"{'score':<10}{metric}: FP32 {fp32:.4f}, int8 {int8:.4f}")
-        typer.echo(f"{'bundle':<10}{out}")
+        typer.echo(f"{'bundle':<10}{kept}" if kept else f"{'keep it':<10}packlight demo --out build/digits")
     raise typer.Exit(0 if report.met else 1)
 
 
@@ -183,6 +190,13 @@ def _scores(out: Path, sample: Sample | None) -> dict[str, tuple[float, float]]:
     return {metric: (float(reference[metric]), float(candidate[metric])) for metric in reference}
 
 
+def _console() -> Console:
+    """A console on a copy of stderr: while a tracer works, stderr itself is kept quiet, and the bars go on."""
+    if not sys.stderr.isatty():
+        return Console(stderr=True)
+    return Console(file=open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"))
+
+
 class Terminal:
     """Draws the stages on stderr: a spinner and the stage's name, and a bar where batches are counted."""
 
@@ -193,7 +207,7 @@ class Terminal:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            console=Console(stderr=True),
+            console=_console(),
             disable=not sys.stderr.isatty(),
         )
 

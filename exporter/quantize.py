@@ -6,11 +6,7 @@ it cannot do is done on the graph afterwards, and then the graph is held against
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +21,7 @@ from exporter.batches import Array
 from exporter.calibrate import Ranges
 from exporter.errors import QuantizeError
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, Plan
+from exporter.quiet import quiet
 from exporter.target import Target
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -87,7 +84,7 @@ def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.
     given = ir.serde.serialize_model(model)
     given.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # ORT then knows that shapes are inferred
     op_types = sorted({decision.op_type for decision in plan.decisions if decision.precision == "int8"})
-    with tempfile.TemporaryDirectory(prefix="packlight-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="packlight-") as folder, quiet():
         cache, out = Path(folder) / "ranges.json", Path(folder) / "int8.onnx"
         save_tensors_data(
             TensorsData(
@@ -235,16 +232,3 @@ def _check_bias(name: str, codes: Array, scale: Array, bias: Array) -> None:
             expected="a value that int32 holds",
             do="a dead weight channel or input: keep this layer float with a rule",
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """ORT's quantizer logs advice to the root logger and warns about nodes it does not know; neither is for our user."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(previous)

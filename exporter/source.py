@@ -13,8 +13,9 @@ import json
 import pickle  # noqa: TID251 (the name of torch.load's refusal; nothing is unpickled by us)
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, cast
@@ -25,6 +26,7 @@ import torch
 from exporter import batches
 from exporter.batches import Array
 from exporter.errors import TraceError
+from exporter.quiet import quiet
 
 OLDEST_OPSET = 11  # what onnx.version_converter was tried on; older files differ in Pad, Clip, Resize, BatchNorm
 
@@ -139,6 +141,48 @@ def from_onnx(path: str | Path) -> Source:
         )
     _load_external(model, path)
     return Source(name=path.stem, model=model, inputs={}, outputs=(), dynamic={})
+
+
+def from_pretrained(folder: str | Path, task: str = "auto") -> Source:
+    """A Hugging Face model saved in a folder, exported to ONNX by optimum (extra `[hf]`), which validates it against torch.
+
+    Args:
+        folder: what save_pretrained wrote: config.json and safetensors weights. No hub is asked.
+        task: optimum's name of what the model is for, e.g. "feature-extraction"; "auto" takes it from the config.
+
+    Raises:
+        TraceError: optimum is not installed, the folder is no such model, or it becomes more than one graph.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise TraceError(str(folder), found="no config.json", expected="a folder written by save_pretrained")
+    try:
+        from optimum.exporters.onnx import main_export  # optimum and transformers take seconds to import
+    except ImportError as error:
+        raise TraceError(str(folder), found=_first_line(error), do="pip install 'packlight[hf]'") from error
+    with tempfile.TemporaryDirectory(prefix="packlight-") as out:
+        try:
+            with quiet():
+                named = _task(folder) if task == "auto" else task
+                main_export(str(folder), out, task=named, no_post_process=True, local_files_only=True)
+        except Exception as error:  # optimum, transformers and torch raise what they like
+            raise TraceError(
+                f"{folder}: optimum cannot export it", found=_first_line(error), do="name the task, or use a file.py"
+            ) from error
+        graphs = sorted(Path(out).glob("*.onnx"))
+        if len(graphs) != 1:
+            found = ", ".join(graph.name for graph in graphs) or "no graph"
+            raise TraceError(str(folder), found=found, expected="one graph", do="export its parts with a file.py")
+        return replace(from_onnx(graphs[0]), name=folder.name)
+
+
+def _task(folder: Path) -> str:
+    """optimum's name of what the folder's first architecture is for; optimum itself would ask the hub."""
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    architecture = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures[0]
+    return str(TasksManager.infer_task_from_model(getattr(transformers, architecture)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import logging
-import os
 import re
 import traceback
 import warnings
@@ -30,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from exporter import graph, proof
 from exporter.batches import Array, Batch
 from exporter.errors import TraceError
+from exporter.quiet import quiet
 from exporter.source import Source
 
 # Gelu is one node from 20 on and LayerNormalization from 17; TorchScript ends at 20; ORT 1.31 has CPU kernels for all of 20
@@ -63,7 +62,7 @@ def to_onnx(source: Source) -> Traced:
         reference = _references(source, module)
         for name, export in _EXPORTERS.items():
             try:
-                with _quiet():
+                with quiet():
                     model = export(source, module)
             except Exception as error:  # torch raises RuntimeError, TypeError, AssertionError, its own: all mean "no"
                 failures.append(f"{name}: {_why(error)}")
@@ -165,7 +164,7 @@ def _references(source: Source, module: Any) -> list[tuple[Batch, dict[str, Arra
     """Torch's outputs on the example and, for dynamic axes, at other sizes. A size torch itself refuses is left out."""
     found = [(source.inputs, _torch_outputs(source, module, source.inputs))]
     for variant in _variants(source):
-        with contextlib.suppress(Exception), _quiet():  # torch may refuse a size: (h % 32), a maximal length
+        with contextlib.suppress(Exception), quiet():  # torch may refuse a size: (h % 32), a maximal length
             found.append((variant, _torch_outputs(source, module, variant)))
             continue
     return found
@@ -245,36 +244,6 @@ def _disproof(model: ir.Model, reference: Sequence[tuple[Batch, Mapping[str, Arr
     except graph.RunError as error:
         return f"ONNX Runtime refuses it: {error}"
     return ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracers' prints, warnings and logs out of the terminal: Python's, and those of torch's C++."""
-    previous = logging.root.manager.disable
-    sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink), _quiet_files():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(previous)
-
-
-@contextlib.contextmanager
-def _quiet_files() -> Iterator[None]:
-    """Point the process's file descriptors 1 and 2 at nothing: C++ writes there, past sys.stdout."""
-    saved = [(number, os.dup(number)) for number in (1, 2)]
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number, _ in saved:
-            os.dup2(nothing, number)
-        yield
-    finally:
-        for number, copy in saved:
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(nothing)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

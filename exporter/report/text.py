@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 LABEL = 10
-MOST_LAYERS = 6
 
 
 def render(report: Report) -> str:
@@ -49,11 +48,14 @@ def _traced(report: Report) -> str:
 
 
 def _float_layers(report: Report) -> Iterable[str]:
-    for layer in report.float_layers[:MOST_LAYERS]:
-        yield f"float: {layer.op_type} {layer.node}: {layer.reason}"
-    rest = len(report.float_layers) - MOST_LAYERS
-    if rest > 0:
-        yield f"float: {rest} more, see plan.txt"
+    """Layers that hold MACs and are float, one line a reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for layer in report.float_layers:
+        reasons.setdefault((layer.op_type, layer.reason), []).append(layer.node)
+    for (op_type, reason), nodes in reasons.items():
+        yield (
+            f"float: {op_type} {nodes[0]}: {reason}" if len(nodes) == 1 else f"float: {len(nodes)} {op_type}: {reason}"
+        )
 
 
 def _corrections(report: Report) -> Iterable[str]:
