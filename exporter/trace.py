@@ -72,7 +72,10 @@ def to_onnx(source: Source) -> Traced:
                 continue
             wrong = _disproof(model, reference)
             if not wrong:
-                return Traced(model=model, exporter=name, sizes=tuple(_sizes(source, batch) for batch, _ in reference))
+                sizes = [_sizes(source, batch) for batch, _ in reference]
+                return Traced(
+                    model=model, exporter=name, sizes=tuple(s for i, s in enumerate(sizes) if s not in sizes[:i])
+                )
             failures.append(f"{name}: the graph differs from torch, {wrong}")
     faults = list(dict.fromkeys(faults))
     raise TraceError(
@@ -86,7 +89,7 @@ def to_onnx(source: Source) -> Traced:
 
 
 def _dynamo(source: Source, module: Any) -> ir.Model:
-    labels = {label: torch.export.Dim(label) for axes in source.dynamic.values() for label in axes.values()}
+    labels = {label: torch.export.Dim(_symbol(label)) for axes in source.dynamic.values() for label in axes.values()}
     shapes = {
         name: {axis: labels[label] for axis, label in source.dynamic.get(name, {}).items()} for name in source.inputs
     }
@@ -109,6 +112,12 @@ def _dynamo(source: Source, module: Any) -> ir.Model:
         raise RuntimeError("torch.onnx.export returned nothing")
     # torch names an inner tensor after its operator even where an output has that name ("embedding"): two of one name
     return NameFixPass()(program.model).model
+
+
+def _symbol(label: str) -> str:
+    """The label as torch.export can say it: a Python name."""
+    name = re.sub(r"\W", "_", label)
+    return name if name.isidentifier() else f"d_{name}"
 
 
 def _torchscript(source: Source, module: Any) -> ir.Model:
@@ -161,12 +170,14 @@ def _evaluating(source: Source) -> Iterator[Any]:
 
 
 def _references(source: Source, module: Any) -> list[tuple[Batch, dict[str, Array]]]:
-    """Torch's outputs on the example and, for dynamic axes, at other sizes. A size torch itself refuses is left out."""
+    """Torch's outputs on the example, on other values and, for dynamic axes, at other sizes; what torch refuses is left out.
+
+    Other values show a branch that a tracer kept one side of, other sizes an axis that it fixed.
+    """
     found = [(source.inputs, _torch_outputs(source, module, source.inputs))]
     for variant in _variants(source):
         with contextlib.suppress(Exception), quiet():  # torch may refuse a size: (h % 32), a maximal length
             found.append((variant, _torch_outputs(source, module, variant)))
-            continue
     return found
 
 
@@ -212,7 +223,12 @@ def _widened(source: Source) -> Batch:
 
 
 def _variants(source: Source) -> Iterator[Batch]:
-    """The example with each label's axes one larger and, separately, twice as large. Values repeat, so they stay real."""
+    """The example negated where it is real, then with each label's axes one larger and twice as large.
+
+    At other sizes values repeat, so they stay real.
+    """
+    if any(value.dtype.kind == "f" for value in source.inputs.values()):
+        yield {name: -value if value.dtype.kind == "f" else value for name, value in source.inputs.items()}
     for label, size in _sizes(source, source.inputs).items():
         for other in dict.fromkeys((size + 1, size * 2)):
             yield {
