@@ -28,7 +28,7 @@ from runtime.bench import cpu_name
 from runtime.session import open_session
 
 CALLS = 5000
-PROCESSES = 15
+PROCESSES = 31
 TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
