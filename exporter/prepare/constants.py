@@ -48,9 +48,21 @@ def rewrite(model: ir.Model) -> int:
         pass_(model).modified
         for pass_ in (
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            passes.IdentityEliminationPass(),
             passes.RemoveUnusedNodesPass(),
             passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         )
     ]
-    return matched + sum(modified)
+    return matched + sum(modified) + sum(_drop_identity(model, node) for node in list(model.graph))
+
+
+def _drop_identity(model: ir.Model, node: ir.Node) -> bool:
+    """Rule 2 for one Identity. One that joins two ends of the graph stays: each end has a name of its own."""
+    x, y = node.inputs[0] if node.op_type == "Identity" and not node.domain else None, node.outputs[0]
+    is_output = y.is_graph_output()
+    if x is None or (is_output and (x.is_graph_input() or x.is_graph_output() or x.is_initializer())):
+        return False
+    ir.convenience.replace_all_uses_with(y, x, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    if is_output:
+        x.name, x.type, x.shape = y.name, y.type, y.shape
+    return True
