@@ -1,16 +1,41 @@
 """Fuse a decomposed layer normalization into one node.
 
 1. (x - mean(x)) / √(mean((x - mean(x))²) + ε) · γ   over the last axis becomes   LayerNormalization(x, γ).
-2. LayerNormalization(x, γ) + β   becomes   LayerNormalization(x, γ, β).
+2. LayerNormalization(x, γ) + β, β constant          becomes   LayerNormalization(x, γ, β). A residual is no β.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
+from onnxscript.rewriter import RewriteRule
 from onnxscript.rewriter.rules.fusion import _layer_norm
 
+from exporter import graph
 from exporter.prepare.rules import apply
 
 
+def _shifted(op: Any, x: Any, scale: Any, bias: Any) -> Any:
+    return op.Add(op.LayerNormalization(x, scale, _outputs=["normalized"]), bias)
+
+
+def _with_bias(op: Any, x: ir.Value, scale: ir.Value, bias: ir.Value, normalized: ir.Value) -> Any:
+    node = normalized.producer()
+    assert node is not None
+    return op.LayerNormalization(x, scale, bias, **node.attributes)
+
+
+def _is_bias(context: Any, scale: ir.Value, bias: ir.Value, **_: Any) -> bool:
+    gain, shift = graph.constant(scale), graph.constant(bias)
+    return gain is not None and shift is not None and gain.shape == shift.shape
+
+
+RULES = (_layer_norm.layer_normalization_rules[0], RewriteRule(_shifted, _with_bias, _is_bias, name="LayerNormBias"))
+
+
 def rewrite(model: ir.Model) -> int:
-    return apply(model, _layer_norm.layer_normalization_rules)
+    for node in model.graph:
+        if node.op_type == "ReduceMean" and "keepdims" not in node.attributes:
+            node.attributes.add(ir.AttrInt64("keepdims", 1))  # the default: onnxscript's pattern wants it in writing
+    return apply(model, RULES, commute=True)
