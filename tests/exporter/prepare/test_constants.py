@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.prepare import constants
+from tests.exporter import graphs
+
+X = {"x": graphs.noise(0, 2, 4)}
+
+
+def simplified(text: str, weights: dict[str, np.ndarray] | None = None, batch: dict[str, np.ndarray] | None = None) -> ir.Model:
+    return graphs.rewritten(graphs.model(text, weights), constants.rewrite, batch or X)[0]
+
+
+def test_identity_over_a_shared_weight_is_gone() -> None:
+    """The case that leaves Conv nodes float in ONNX Runtime's quantizer (FACTS 4.5)."""
+    after = simplified(
+        """(float[N,4] x) => (float[N,4] y) {
+            [i] v = Identity(w)
+            [a] p = MatMul(x, w)
+            [b] q = MatMul(x, v)
+            [c] y = Add(p, q)
+        }""",
+        {"w": graphs.noise(1, 4, 4)},
+    )
+    assert graphs.op_types(after) == ["MatMul", "MatMul", "Add"]
+    assert all(graph.constant(graphs.node(after, name).inputs[1]) is not None for name in "ab")
+
+
+def test_node_whose_inputs_are_all_constant_is_computed_now() -> None:
+    after = simplified(
+        "(float[N,4] x) => (float[N,4] y) { t = Transpose<perm=[1,0]>(w)\n s = Mul(t, k)\n [m] y = MatMul(x, s) }",
+        {"w": graphs.noise(1, 4, 4), "k": np.float32(2)},
+    )
+    assert graphs.op_types(after) == ["MatMul"]
+    np.testing.assert_array_equal(graph.constant(graphs.node(after, "m").inputs[1]), graphs.noise(1, 4, 4).T * 2)
+
+
+def test_constant_node_becomes_an_initializer() -> None:
+    after = simplified("(float[N,4] x) => (float[N,4] y) { k = Constant<value = float[1] {3.0}>()\n y = Mul(x, k) }")
+    assert graphs.op_types(after) == ["Mul"]
+    np.testing.assert_array_equal(graph.constant(after.graph[0].inputs[1]), [3.0])
+
+
+def test_function_is_inlined() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 20, "own" : 1]>
+    g (float[N,4] x) => (float[N,4] y) { y = own.twice(x) }
+    <opset_import: ["" : 20], domain: "own">
+    twice (a) => (b) { c = Relu(a)
+     b = Add(c, c) }"""
+    import onnx
+
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    after, _ = graphs.rewritten(model, constants.rewrite, X)
+    assert graphs.op_types(after) == ["Relu", "Add"] and not after.functions
+
+
+def test_what_does_nothing_is_gone() -> None:
+    after = simplified(
+        """(float[N,4] x) => (float[N,4] y) {
+            a = Identity(x)
+            b = Dropout(a)
+            c = Cast<to=1>(b)
+            d = Mul(c, one)
+            e = Add(d, zero)
+            y = Relu(e)
+        }""",
+        {"one": np.float32(1), "zero": np.float32(0)},
+    )
+    assert graphs.op_types(after) == ["Relu"]
+
+
+def test_cast_to_another_type_and_factor_other_than_one_stay() -> None:
+    after = simplified(
+        "(float[N,4] x) => (float[N,4] y) { i = Cast<to=7>(x)\n f = Cast<to=1>(i)\n y = Mul(f, k) }", {"k": np.float32(1.01)}
+    )
+    assert graphs.op_types(after) == ["Cast", "Cast", "Mul"]
+
+
+def test_relu_and_clip_in_a_row_are_one_clip() -> None:
+    after = simplified(
+        "(float[N,4] x) => (float[N,4] y) { r = Relu(x)\n y = Clip(r, low, high) }",
+        {"low": np.float32(-1), "high": np.float32(0.5)},
+        {"x": graphs.noise(1, 64, 4)},
+    )
+    assert graphs.op_types(after) == ["Clip"]
+    low, high = (float(graph.constant(value)) for value in after.graph[0].inputs[1:])
+    assert (low, high) == (0.0, 0.5)
+
+
+def test_min_and_max_with_constants_are_a_clip() -> None:
+    after = simplified(
+        "(float[N,4] x) => (float[N,4] y) { m = Max(x, low)\n y = Min(m, high) }",
+        {"low": np.float32(-0.5), "high": np.float32(0.5)},
+        {"x": graphs.noise(1, 64, 4)},
+    )
+    assert graphs.op_types(after) == ["Clip"]
+
+
+def test_what_nothing_reads_is_removed_and_what_is_an_output_stays() -> None:
+    after = simplified("(float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Relu(x)\n z = Identity(y)\n dead = Tanh(x) }")
+    assert graphs.op_types(after) in (["Relu", "Identity"], ["Relu"])
+    assert [value.name for value in after.graph.outputs] == ["y", "z"]
+
+
+def test_initializer_listed_as_input_is_fixed() -> None:
+    proto = graphs.proto("(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": graphs.noise(1, 4, 4)})
+    after, _ = graphs.rewritten(ir.serde.deserialize_model(proto), constants.rewrite, X)
+    assert [value.name for value in after.graph.inputs] == ["x"]

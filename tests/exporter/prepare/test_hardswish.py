@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from exporter.prepare import hardswish
+from tests.exporter import graphs
+
+X = {"x": graphs.noise(0, 64, 8) * 4}
+WEIGHTS = {"three": np.float32(3), "zero": np.float32(0), "six": np.float32(6), "five": np.float32(5)}
+
+
+def fused(body: str) -> list[str]:
+    model = graphs.model(f"(float[N,8] x) => (float[N,8] y) {{ {body} }}", WEIGHTS)
+    return graphs.op_types(graphs.rewritten(model, hardswish.rewrite, X)[0])
+
+
+def test_decomposed_hardswish_is_one_node() -> None:
+    assert fused("a = Add(x, three)\n c = Clip(a, zero, six)\n m = Mul(x, c)\n y = Div(m, six)") == ["HardSwish"]
+
+
+def test_decomposed_hardsigmoid_is_one_node() -> None:
+    assert fused("a = Add(x, three)\n c = Clip(a, zero, six)\n y = Div(c, six)") == ["HardSigmoid"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Add(x, five)\n c = Clip(a, zero, six)\n m = Mul(x, c)\n y = Div(m, six)",
+        "a = Add(x, three)\n c = Clip(a, zero, five)\n m = Mul(x, c)\n y = Div(m, six)",
+        "a = Add(x, three)\n c = Clip(a, zero, six)\n m = Mul(x, c)\n y = Div(m, five)",
+    ],
+)
+def test_near_miss_is_left_alone(body: str) -> None:
+    assert "HardSwish" not in fused(body)

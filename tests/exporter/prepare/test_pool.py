@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from exporter.prepare import pool
+from tests.exporter import graphs
+
+
+def pooled(shape: str, axes: list[int], keepdims: int = 1, out: str = "N,C,1,1") -> list[str]:
+    text = f"(float[{shape}] x) => (float[{out}] y) {{ r = Relu(x)\n [mean] y = ReduceMean<keepdims={keepdims}>(r, axes) }}"
+    size = [2, *(int(each) for each in shape.split(",")[1:])]
+    after, matched = graphs.rewritten(graphs.model(text, {"axes": np.array(axes)}), pool.rewrite, {"x": graphs.noise(0, *size)})
+    assert matched == ("ReduceMean" not in graphs.op_types(after))
+    return graphs.op_types(after)[1:]
+
+
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2], [-2, 3]])
+def test_mean_over_all_spatial_axes_is_a_global_average_pool(axes: list[int]) -> None:
+    assert pooled("N,8,5,6", axes) == ["GlobalAveragePool"]
+    assert pooled("N,8,5,6", axes, keepdims=0, out="N,C") == ["GlobalAveragePool", "Squeeze"]
+
+
+def test_one_and_three_spatial_axes_too() -> None:
+    assert pooled("N,8,5", [2], out="N,C,1") == ["GlobalAveragePool"]
+    assert pooled("N,8,5,4,3", [2, 3, 4], keepdims=0, out="N,C") == ["GlobalAveragePool", "Squeeze"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "out"),
+    [
+        ("N,8,5,6", [2], "N,C,1,W"),
+        ("N,8,5,6", [1], "N,1,H,W"),
+        ("N,8,5,6", [1, 2, 3], "N,1,1,1"),
+        ("N,8", [1], "N,1"),
+    ],
+)
+def test_mean_over_other_axes_stays(shape: str, axes: list[int], out: str) -> None:
+    assert pooled(shape, axes, out=out) == ["ReduceMean"]
+
+
+def test_other_reductions_stay() -> None:
+    text = "(float[N,8,5,6] x) => (float[N,C,1,1] y) { y = ReduceSum(x, axes) }"
+    model = graphs.model(text, {"axes": np.array([2, 3])})
+    assert graphs.rewritten(model, pool.rewrite, {"x": graphs.noise(0, 2, 8, 5, 6)})[1] == 0
+
+
+def test_two_means_are_both_rewritten_and_each_keeps_its_name() -> None:
+    model = graphs.model(
+        "(float[N,4,3,3] x) => (float[N,4] y, float[N,4] z) { [a] y = ReduceMean<keepdims=0>(x, axes)\n q = Neg(x)\n"
+        " [b] z = ReduceMean<keepdims=0>(q, axes) }",
+        {"axes": np.array([2, 3])},
+    )
+    after, matched = graphs.rewritten(model, pool.rewrite, {"x": graphs.noise(0, 2, 4, 3, 3)})
+    assert matched == 2
+    assert [graphs.node(after, name).op_type for name in "ab"] == ["GlobalAveragePool"] * 2
