@@ -156,39 +156,46 @@ def _original(real: ir.Value, rounded: ir.Value) -> str | None:
 
 
 def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
-    """Each int8 node stands between DequantizeLinear and, but for MatMul and Gemm, QuantizeLinear; no float node
-    reads a rounded tensor that exists in float; every node of the prepared graph is there (Relu, Clip may be folded).
+    """Hold the int8 graph against the plan, node by node.
+
+    1. Every node of the prepared graph is there; a Relu or Clip that is int8 may have folded into the QuantizeLinear.
+    2. Each real tensor that an int8 node reads comes from a DequantizeLinear.
+    3. Each real tensor that it makes goes to a QuantizeLinear alone; MatMul and Gemm may make real numbers.
     """
+    prepared = {node.name: node for node in model.graph}
     found = {node.name: node for node in quantized.graph if node.op_type not in OWN}
     for decision in plan.decisions:
-        node = found.get(decision.node)
-        if node is None:
-            if decision.precision == "int8" and decision.op_type in REMOVABLE:
-                continue
-            raise QuantizeError(f"{decision.op_type} {decision.node}: gone from the int8 graph", node=decision.node)
-        if decision.precision == "float":
+        node, before = found.get(decision.node), prepared[decision.node]
+        removable = decision.precision == "int8" and decision.op_type in REMOVABLE
+        if node is None and not removable:
+            raise _astray(before, "it is gone from the int8 graph")
+        if node is None or removable or decision.precision == "float":
             continue
-        reads = [
-            v for v in node.inputs if v is not None and v.dtype in (ir.DataType.FLOAT, None) and not _is_shape(node, v)
-        ]
-        bare = [v.name for v in reads if v.producer() is None or _producer_type(v) != DEQUANTIZE]
-        writes = [] if node.op_type in FLOAT_OUTPUT else [v for v in node.outputs if v.uses() or v.is_graph_output()]
-        raw = [v.name for v in writes if any(usage.node.op_type != QUANTIZE for usage in v.uses()) or not v.uses()]
-        if decision.op_type in REMOVABLE:
-            continue  # kept by ORT: it stays where it folds into the QuantizeLinear behind it
-        if bare or raw:
-            raise QuantizeError(
-                f"{decision.op_type} {decision.node}: planned int8, and is not",
-                found=f"float input {bare[0]}" if bare else f"float output {raw[0]}",
-                expected="DequantizeLinear before and QuantizeLinear behind it",
-                do="keep the node float with a rule, and report the model to us",
-                node=decision.node,
-            )
+        for was, now in zip(before.inputs, node.inputs, strict=True):
+            if _is_data(before, was) and (now is None or _producer_type(now) != DEQUANTIZE):
+                raise _astray(before, f"it reads {was.name if was is not None else ''} in float")
+        if node.op_type in FLOAT_OUTPUT:
+            continue
+        for was, now in zip(before.outputs, node.outputs, strict=True):
+            readers = {usage.node.op_type for usage in now.uses()}
+            if was.dtype == ir.DataType.FLOAT and (was.uses() or was.is_graph_output()) and readers != {QUANTIZE}:
+                raise _astray(before, f"it writes {was.name} in float")
 
 
-def _is_shape(node: ir.Node, value: ir.Value) -> bool:
-    """Bounds and scales that are settings of the node, not data: Clip's bounds, Resize's roi and scales, Pad's value."""
-    return node.op_type in ("Clip", "Resize", "Pad") and value is not node.inputs[0]
+def _astray(node: ir.Node, found: str) -> QuantizeError:
+    return QuantizeError(
+        f"{node.op_type} {node.name}: planned int8, and is not",
+        found=found,
+        expected="DequantizeLinear before and QuantizeLinear behind it",
+        do="keep the node float with a rule, and report the model to us",
+        node=node.name or "",
+    )
+
+
+def _is_data(node: ir.Node, value: ir.Value | None) -> bool:
+    """Whether an input holds real data: not Clip's bounds, Resize's roi and scales, Pad's value, which are settings."""
+    setting = node.op_type in ("Clip", "Resize", "Pad") and value is not node.inputs[0]
+    return value is not None and value.dtype == ir.DataType.FLOAT and not setting
 
 
 def _producer_type(value: ir.Value) -> str:

@@ -28,6 +28,7 @@ from runtime import gate
 from runtime import manifest as manifests
 from runtime.bench import measure
 from runtime.bundle import load
+from runtime.explain import ADDED
 from runtime.kernels import Kernel
 from runtime.manifest import Budget, Manifest
 
@@ -60,9 +61,7 @@ def make(
         overlapping=split.overlapping,
         int8_nodes=len(plan.int8),
         float_nodes=len(plan.decisions) - len(plan.int8),
-        float_layers=tuple(
-            FloatLayer(node=d.node, op_type=d.op_type, macs=d.macs, reason=d.reason) for d in plan.float_layers
-        ),
+        float_layers=(*_planned_float(plan), *_ran_float(plan, recorded.kernels.kernels)),
         corrections=corrected.corrections,
         kernels=_count(recorded.kernels.kernels),
         integer_macs=recorded.kernels.integer_macs,
@@ -106,6 +105,20 @@ def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, fp32: byte
 def timed(report: Report, out: Path) -> Report:
     """The report with the shipped bundle's own timing: it is loaded and verified as a device would."""
     return replace(report, timing=measure(load(out, threads=1)))
+
+
+def _planned_float(plan: Plan) -> Iterable[FloatLayer]:
+    return (FloatLayer(node=d.node, op_type=d.op_type, macs=d.macs, reason=d.reason) for d in plan.float_layers)
+
+
+def _ran_float(plan: Plan, kernels: Iterable[Kernel]) -> Iterable[FloatLayer]:
+    """Layers that the plan calls int8 and that ONNX Runtime ran in float all the same: seen, whatever the cause."""
+    op_types = {d.node: d.op_type for d in plan.decisions if d.precision == "int8"}
+    for kernel in kernels:
+        node = ADDED.sub("", kernel.node)
+        if kernel.macs and not kernel.integer and node in op_types:
+            reason = f"planned int8, but ONNX Runtime ran {kernel.kernel} in {kernel.types}"
+            yield FloatLayer(node=node, op_type=op_types[node], macs=kernel.macs, reason=reason)
 
 
 def _budget(recipe: Recipe) -> Budget:
