@@ -52,7 +52,7 @@ def improve(
         batches: calibration batches to compare on; reported drift uses others.
     """
     plain = quantize.to_int8(model, plan, ranges, target)
-    expected = [graph.runner(model)(batch) for batch in batches]
+    expected = list(map(graph.runner(model), batches))
     before = _snr_db(plain, expected, batches)
     better = quantize.to_int8(bias.correct(model, plan, means, quantize.weights(plain)), plan, ranges, target)
     after = _snr_db(better, expected, batches)
