@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runtime
+from exporter import bundle, graph
+from exporter.errors import CalibrationError
+from exporter.recipe import Probe as Limits
+from runtime import BundleError
+from runtime import manifest as manifests
+from runtime.manifest import Budget, Manifest
+from runtime.probe import Probe
+from tests.exporter import graphs
+
+MODEL = graphs.model("(float[N,4] x) => (float[N,4] y) { [g] y = Gemm(x, w) }", {"w": graphs.noise(1, 4, 4)})
+BYTES = graph.to_bytes(MODEL)
+ABOUT = Manifest(
+    name="m", target="x86-vnni", inputs=graph.inputs(MODEL), outputs=graph.outputs(MODEL), files={}, session={},
+    budget=Budget(), versions={},
+)  # fmt: skip
+FILES = {manifests.FP32: BYTES, manifests.INT8: BYTES} | {
+    name: b"{}\n" for name in ("recipe.toml", "plan.txt", "ranges.json", "report.json", "report.html")
+}
+
+
+def batch(seed: int, rows: int = 2) -> dict[str, np.ndarray]:
+    return {"x": graphs.noise(seed, rows, 4)}
+
+
+def probe(seed: int = 0) -> Probe:
+    out = graph.runner(MODEL)(batch(seed))
+    return Probe(inputs=batch(seed), fp32=out, int8=out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_folder_is_a_bundle_that_the_runtime_loads(tmp_path: Path) -> None:
+    listed = bundle.write(tmp_path / "deep" / "b", ABOUT, [probe()], FILES)
+    opened = runtime.load(tmp_path / "deep" / "b")
+    assert opened.manifest == listed
+    assert sorted(listed.files) == sorted([*FILES, manifests.PROBE])
+    assert runtime.check(opened).exact
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["b"]
+    assert (tmp_path / "deep" / "b").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_full_disk_is_a_bundle_error_and_leaves_nothing_new(
+    old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if old:
+        bundle.write(tmp_path / "b", ABOUT, [probe()], FILES)
+    before = contents(tmp_path / "b") if old else {}
+    real = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "report.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BundleError, match="found No space left on device, .*free some space") as error:
+        bundle.write(tmp_path / "b", ABOUT, [probe(1)], FILES)
+    assert error.value.path == str(tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == (["b"] if old else [])
+    assert not old or contents(tmp_path / "b") == before
+
+
+def test_interruption_while_writing_leaves_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(path: Path, content: bytes) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.write(tmp_path / "b", ABOUT, [probe()], FILES)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_move_that_fails_brings_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle.write(tmp_path / "b", ABOUT, [probe()], FILES)
+    before, real = contents(tmp_path / "b"), Path.rename
+
+    def fails_into_place(path: Path, target: Path) -> Path:
+        if target == tmp_path / "b" and path.name != "old":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_into_place)
+    with pytest.raises(BundleError):
+        bundle.write(tmp_path / "b", ABOUT, [probe(1)], FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert contents(tmp_path / "b") == before
+
+
+def test_folder_that_cannot_be_written_is_a_bundle_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="choose another --out"):
+        bundle.write(tmp_path / "file" / "b", ABOUT, [probe()], FILES)
+
+
+def test_place_is_new_empty_or_a_bundle(tmp_path: Path) -> None:
+    bundle.require_place(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    bundle.require_place(tmp_path / "empty")
+    bundle.write(tmp_path / "empty", ABOUT, [probe()], FILES)
+    bundle.require_place(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for refused in (tmp_path, tmp_path / "link"):
+        with pytest.raises(BundleError, match="expected a new folder, an empty one, or a bundle to replace"):
+            bundle.require_place(refused)
+
+
+def record(*heldout: dict[str, np.ndarray], limits: Limits | None = None, fp32: bytes = BYTES) -> bundle.Recorded:
+    return bundle.record(fp32, BYTES, iter(heldout), {}, limits or Limits())
+
+
+def test_drift_is_over_all_batches_and_the_probe_holds_the_first() -> None:
+    batches = [batch(n) for n in range(6)]
+    recorded = record(*batches)
+    assert (recorded.drift.batches, len(recorded.probes)) == (6, 4)
+    for kept, given in zip(recorded.probes, batches[:4], strict=True):
+        np.testing.assert_array_equal(kept.inputs["x"], given["x"])
+        np.testing.assert_array_equal(kept.fp32["y"], graph.runner(MODEL)(given)["y"])
+    assert recorded.drift.worst_snr_db == float("inf")
+    assert (recorded.kernels.macs, recorded.kernels.integer_macs) == (2 * 4 * 4, 0.0)
+
+
+def test_probe_stops_at_its_bytes_but_one_batch_always_goes() -> None:
+    big, small = batch(0, rows=100), batch(1)
+    assert len(record(big, small, limits=Limits(batches=4, max_bytes=1)).probes) == 1
+    three = [batch(n) for n in range(3)]
+    each = 3 * 2 * 4 * 4  # inputs, FP32 and int8 outputs, 2 x 4 floats
+    assert len(record(*three, limits=Limits(batches=4, max_bytes=2 * each)).probes) == 2
+    assert len(record(*three, limits=Limits(batches=1)).probes) == 1
+
+
+def test_no_heldout_batch_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="held-out data: no batches that calibration has not seen"):
+        record()
+
+
+def test_nan_in_the_reference_is_refused_by_batch_and_output() -> None:
+    log = graphs.model("(float[N,4] x) => (float[N,4] y) { y = Log(x) }")
+    good = {"x": np.ones((1, 4), np.float32)}
+    with pytest.raises(CalibrationError, match="held-out batch 1: output 'y' of the FP32 model: found NaN or infinity") as error:
+        record(good, {"x": -np.ones((1, 4), np.float32)}, fp32=graph.to_bytes(log))
+    assert (error.value.batch, error.value.tensor) == (1, "y")

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import exporter
+import runtime
+from exporter import bundle, place, trace
+from exporter.errors import CalibrationError, RecipeError
+from runtime import BundleError
+from runtime import manifest as manifests
+from tests import models
+from tests.exporter import graphs
+from tests.exporter.conftest import Exported
+
+VNNI = exporter.load_recipe("x86-vnni")
+Batches = Iterator[dict[str, np.ndarray]]
+
+
+def batches(seed: int, count: int) -> Batches:
+    return iter([{"x": graphs.noise(100 * seed + n, 4, 8)} for n in range(count)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def export(path: Path, out: Path, calibration: object = None, heldout: object = None) -> exporter.Report:
+    seen = batches(1, 6) if calibration is None else calibration
+    return exporter.export(exporter.from_onnx(path), VNNI, calibration=seen, heldout=heldout or batches(2, 2), out=out)
+
+
+def test_module_becomes_a_bundle_that_proves_itself(exported: Exported) -> None:
+    verdict = runtime.check(runtime.load(exported.folder, threads=1))
+    assert verdict.met and verdict.exact
+    assert exported.report.integer_macs == verdict.integer_macs == 1.0
+    assert exported.report.drift.worst_snr_db > 25
+    assert exported.report.met and exported.report.traced_by == "dynamo"
+
+
+def test_bundle_answers_what_torch_answers(exported: Exported) -> None:
+    module, opened = models.module("residual").eval(), runtime.load(exported.folder)
+    for batch in models.batches("residual", 9, 2):
+        expected = module(torch.from_numpy(batch["image"])).detach().numpy()
+        found = opened.run(batch)["logits"]
+        assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(expected - found)) > 25
+
+
+def test_report_counts_nodes_batches_and_bytes(exported: Exported) -> None:
+    report, files = exported.report, contents(exported.folder)
+    plan = (exported.folder / "plan.txt").read_text().splitlines()[1:]
+    assert (report.int8_nodes, report.float_nodes) == (sum("| int8 |" in x for x in plan), sum("| float |" in x for x in plan))
+    assert (report.calibration_batches, report.drift.batches) == (4, 3)
+    assert (report.fp32_bytes, report.int8_bytes) == (len(files["model.fp32.onnx"]), len(files["model.int8.onnx"]))
+    assert report.macs == 2 * 64 * (16 * 27 + 16 * 16 * 9 + 4 * 16)
+    assert report.timing is not None and report.timing.ratio is not None and report.timing.ratio > 0
+
+
+def test_callers_module_is_what_it_was_before_the_export(tmp_path: Path) -> None:
+    module = models.module("dynamic_batch")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    source = exporter.from_module(module, {"x": graphs.noise(0, 2, 16)}, ["y"], {"x": {0: "batch"}})
+    exporter.export(source, VNNI, calibration=models.batches("dynamic_batch", 1, 4), out=tmp_path / "b")
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert all(part.training for part in module.modules())
+
+
+AGAIN = """
+import sys
+import exporter
+from tests import models
+exporter.export(
+    models.source("residual"), exporter.load_recipe("x86-vnni"),
+    calibration=models.batches("residual", 1, 4), heldout=models.batches("residual", 2, 3), out=sys.argv[1],
+)
+"""
+
+
+def test_exporting_again_in_this_process_and_in_another_gives_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
+    exporter.export(
+        models.source("residual"),
+        VNNI,
+        calibration=models.batches("residual", 1, 4),
+        heldout=models.batches("residual", 2, 3),
+        out=tmp_path / "here",
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path / "there")], cwd=root, check=True, capture_output=True)
+    expected = contents(exported.folder)
+    assert len(expected) == 9
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        found = contents(folder)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == []
+
+
+def test_paths_and_names_of_this_machine_are_in_no_file(exported: Exported) -> None:
+    home = [str(Path.home()), str(Path(__file__).parents[2]), str(exported.folder.parent)]
+    for name, content in contents(exported.folder).items():
+        assert not [word for word in home if len(word) > 5 and word.encode() in content], name
+
+
+def test_probe_inputs_are_held_out_batches(exported: Exported) -> None:
+    from runtime.probe import read_probe
+
+    unseen = list(models.batches("residual", 2, 3))
+    probes = read_probe(exported.folder / manifests.PROBE)
+    assert len(probes) == 3
+    for probe, batch in zip(probes, unseen, strict=True):
+        np.testing.assert_array_equal(probe.inputs["image"], batch["image"], strict=True)
+
+
+def test_drift_comes_from_batches_that_calibration_did_not_see(onnx_file: Path, tmp_path: Path) -> None:
+    seen = list(batches(1, 4))
+    report = export(onnx_file, tmp_path / "b", seen, [seen[2], *batches(2, 2), seen[0]])
+    assert (report.drift.batches, report.repeated_batches, report.overlapping) == (2, 2, False)
+    report = export(onnx_file, tmp_path / "b", seen, seen[:2])
+    assert report.overlapping
+    assert "drift is optimistic" in str(report)
+
+
+class Stop(Exception):
+    """Someone else's error."""
+
+
+def interrupted(error: type[BaseException]) -> Batches:
+    yield from batches(1, 3)
+    raise error("in calibration")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stop, MemoryError])
+def test_interruption_in_calibration_leaves_the_old_bundle_or_none(
+    error: type[BaseException], onnx_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error):
+        export(onnx_file, tmp_path / "new" / "b", interrupted(error))
+    assert [*tmp_path.iterdir()] == []
+    export(onnx_file, tmp_path / "old")
+    before = contents(tmp_path / "old")
+    with pytest.raises(error):
+        export(onnx_file, tmp_path / "old", interrupted(error))
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert contents(tmp_path / "old") == before
+    assert runtime.check(runtime.load(tmp_path / "old")).met
+
+
+def test_new_export_replaces_the_old_bundle_whole(onnx_file: Path, tmp_path: Path) -> None:
+    export(onnx_file, tmp_path / "b")
+    before = contents(tmp_path / "b")
+    export(onnx_file, tmp_path / "b", batches(5, 3))
+    after = contents(tmp_path / "b")
+    assert before.keys() == after.keys()
+    assert before["ranges.json"] != after["ranges.json"] and before["model.fp32.onnx"] == after["model.fp32.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_folder_that_is_no_bundle_is_refused_before_any_work(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr(trace, "to_onnx", lambda source: pytest.fail("traced"))
+    with pytest.raises(BundleError, match="found a folder that is not a bundle, expected a new folder"):
+        export(onnx_file, tmp_path, iter([]))
+    with pytest.raises(BundleError, match="found a file"):
+        export(onnx_file, tmp_path / "thesis.tex", iter([]))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_unknown_target_is_refused_before_any_work(onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "to_onnx", lambda source: pytest.fail("traced"))
+    with pytest.raises(RecipeError, match="did you mean 'x86-vnni'"):
+        exporter.export(exporter.from_onnx(onnx_file), VNNI.model_copy(update={"target": "x86-vni"}), batches(1, 4), out=tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "says"),
+    [
+        (iter([]), "calibration: no batches"),
+        ([{"y": np.zeros((1, 8), np.float32)}], "found inputs y, expected inputs x"),
+        ([{"x": np.zeros((1, 8))}], "found dtype float64, expected float32"),
+        ([{"x": np.zeros((1, 9), np.float32)}], r"found shape \[1, 9\], expected shape \['N', 8\]"),
+        ([np.full((1, 8), np.nan, np.float32)], "calibration batch 0: input 'x': found NaN"),
+    ],
+)
+def test_calibration_data_that_does_not_fit_is_refused_and_nothing_is_written(
+    calibration: object, says: str, onnx_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match=says):
+        export(onnx_file, tmp_path / "b", calibration)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_no_calibration_data_is_refused_and_never_made_up(onnx_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="calibration: no data"):
+        exporter.export(exporter.from_onnx(onnx_file), VNNI, calibration=None, out=tmp_path / "b")
+
+
+def test_random_data_is_used_where_it_is_named_and_the_report_says_so(onnx_file: Path, tmp_path: Path) -> None:
+    report = export(onnx_file, tmp_path / "b", "random", "random")
+    assert report.random_data
+    assert "RANDOM data: ranges and drift mean nothing" in str(report)
+
+
+def test_nan_in_batch_17_names_batch_and_tensor(onnx_file: Path, tmp_path: Path) -> None:
+    seen = list(batches(1, 20))
+    seen[17]["x"][2, 3] = np.nan
+    with pytest.raises(CalibrationError) as error:
+        export(onnx_file, tmp_path / "b", seen)
+    assert (error.value.batch, error.value.tensor) == (17, "x")
+
+
+def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Listener:
+        def stage(self, text: str) -> None:
+            told.append(text)
+
+        def each(self, items: object, text: str, total: int | None = None) -> Iterator[object]:
+            told.append(f"{text} {total}")
+            yield from items  # type: ignore[misc]
+
+    exporter.export(
+        exporter.from_onnx(onnx_file), VNNI, calibration=list(batches(1, 4)), heldout=batches(2, 1), out=tmp_path / "b", progress=Listener()
+    )
+    assert [text.split()[0] for text in told] == ["trace", "rewrite", "decide", "calibrate", "quantize,", "measure", "write"]
+    assert told[3] == "calibrate 4"
+
+
+def test_rule_of_the_recipe_reaches_the_plan_and_the_report(onnx_file: Path, tmp_path: Path) -> None:
+    text = VNNI.text + '\n[[rules]]\nmatch = "e"\nprecision = "float"\nwhy = "the last layer"\n'
+    from exporter.recipe import parse
+
+    report = exporter.export(exporter.from_onnx(onnx_file), parse(text, "own.toml"), batches(1, 4), batches(2, 1), out=tmp_path / "b")
+    assert "e | Gemm | float | rule 'e': the last layer" in (tmp_path / "b" / "plan.txt").read_text()
+    assert [(layer.node, layer.macs) for layer in report.float_layers] == [("e", 4 * 16 * 4)]
+    assert (tmp_path / "b" / "recipe.toml").read_text() == text
+    assert report.integer_macs == pytest.approx(8 * 16 / (8 * 16 + 16 * 4))
+
+
+def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_same(onnx_file: Path, tmp_path: Path) -> None:
+    from exporter.recipe import parse
+
+    text = VNNI.text.replace("min_snr_db = 10.0", "min_snr_db = 90.0")
+    report = exporter.export(exporter.from_onnx(onnx_file), parse(text, "own.toml"), batches(1, 4), batches(2, 1), out=tmp_path / "b")
+    assert not report.met
+    verdict = runtime.check(runtime.load(tmp_path / "b"))
+    assert [(line.limit, line.met) for line in verdict.lines] == [(90.0, False)]
+
+
+def test_modules_of_the_pipeline_are_used_as_they_are_named() -> None:
+    assert bundle.require_place and place.decide
