@@ -1,7 +1,8 @@
 """Fold what does not depend on the inputs, so that a weight is an initializer where its node reads it.
 
 1. Functions are inlined; Constant nodes become initializers; initializers listed as inputs (old files) are fixed.
-2. A node whose inputs are all constant is computed now. Identity, Dropout and no-op Cast, Expand, Transpose go.
+2. A node whose inputs are all constant is computed now, unless its result is larger than every weight. Identity, Dropout
+   and no-op Cast, Expand, Transpose go.
    An Identity over a shared initializer is the case that leaves Conv nodes float in ONNX Runtime's quantizer.
 3. Adjacent Relu and Clip become one; Min and Max with constants become Clip.
 4. What nothing reads is removed.
@@ -15,6 +16,8 @@ from onnx_ir.passes import common as passes
 from onnxscript.rewriter.rules import common as rules
 
 from exporter.prepare.rules import apply
+
+SMALL = 262_144  # elements that may be stored whatever the weights' size: 1 MB in float32
 
 SIMPLIFY = (
     rules.no_op_cast_rule,
@@ -40,9 +43,18 @@ SIMPLIFY = (
 def rewrite(model: ir.Model) -> int:
     modified = [
         pass_(model).modified
-        for pass_ in (passes.InlinePass(), passes.RemoveInitializersFromInputsPass())
-    ]  # fmt: skip
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+        for pass_ in (
+            passes.InlinePass(),
+            passes.RemoveInitializersFromInputsPass(),
+            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        )
+    ]
+    # onnxscript's own limit is 8192 elements: a tied embedding, transposed, would not be the constant it is
+    sizes = [value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None]
+    limit = max([SMALL, *sizes])
+    onnxscript.optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=limit, output_size_limit=limit
+    )
     matched = apply(model, SIMPLIFY)
     modified += [
         pass_(model).modified
