@@ -109,3 +109,27 @@ def test_initializer_listed_as_input_is_fixed() -> None:
     proto = graphs.proto("(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": graphs.noise(1, 4, 4)})
     after, _ = graphs.rewritten(ir.serde.deserialize_model(proto), constants.rewrite, X)
     assert [value.name for value in after.graph.inputs] == ["x"]
+
+
+def test_large_weight_that_is_read_twice_is_computed_too() -> None:
+    """A tied embedding: the table is gathered from, and its transpose is the output layer."""
+    table = graphs.noise(1, 4096, 4)
+    after = simplified(
+        """(int64[N,2] i) => (float[N,2,4096] y) {
+            e = Gather(w, i)
+            t = Transpose<perm=[1,0]>(w)
+            [m] y = MatMul(e, t)
+        }""",
+        {"w": table},
+        {"i": np.array([[0, 4095]])},
+    )
+    assert graphs.op_types(after) == ["Gather", "MatMul"]
+    np.testing.assert_array_equal(graph.constant(graphs.node(after, "m").inputs[1]), table.T)
+
+
+def test_result_larger_than_every_weight_is_left_to_run_time() -> None:
+    after = simplified(
+        "(float[N,4] x) => (float[1024,1024] y, float[N,4] z) { y = Expand(k, size)\n z = Relu(x) }",
+        {"k": np.float32(2), "size": np.array([1024, 1024])},
+    )
+    assert "Expand" in graphs.op_types(after)
