@@ -7,7 +7,9 @@ it cannot do is done on the graph afterwards, and then the graph is held against
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -21,23 +23,24 @@ from exporter.batches import Array
 from exporter.calibrate import Ranges
 from exporter.errors import QuantizeError
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, Plan
+from exporter.qparams import Rounded, dequantize
 from exporter.quiet import quiet
-from exporter.target import Target
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 OWN = (QUANTIZE, DEQUANTIZE)
 # bias_code = bias / (input_scale * weight_scale) must be an int32; ORT widens weight_scale where it would not be
 INT32_LIMIT = 2**31 - 1
+NOTHING_ROUNDED: Mapping[str, Rounded] = MappingProxyType({})
 
 
-def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.Model:
+def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, Rounded] = NOTHING_ROUNDED) -> ir.Model:
     """Quantize the nodes that the plan calls int8: activations uint8 per tensor, weights int8 symmetric per channel.
 
     Args:
         model: the prepared graph, which is not changed.
         plan: from `place.decide` on this graph.
         ranges: a range for each of `plan.tensors`.
-        target: whose weights are made.
+        rounded: {weight initializer: its codes}, which come out as they are; other weights are rounded to nearest.
 
     Raises:
         QuantizeError: the plan has no int8 node, ONNX Runtime refused, the result does not follow the plan, a scale
@@ -48,26 +51,24 @@ def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.M
         raise QuantizeError(
             "nothing to quantize", found=f"layers {layers}, all float: {_first_reason(plan)}", expected="an int8 node"
         )
-    quantized = _rewrite(model, plan, ranges, target)
+    quantized = _rewrite(model, plan, ranges, rounded)
     _read_real_values(quantized, model, plan)
     _check_plan(quantized, model, plan)
     _check_numbers(quantized, model)
     return quantized
 
 
-def weights(quantized: ir.Model) -> dict[str, Array]:
-    """{weight of the prepared graph: its rounded real values, code · scale, float32 in the weight's shape}."""
-    found: dict[str, Array] = {}
+def weights(quantized: ir.Model) -> dict[str, Rounded]:
+    """{weight of the prepared graph: its codes and scales, as they came out}."""
+    found: dict[str, Rounded] = {}
     for node in quantized.graph:
         codes = graph.constant(node.inputs[0]) if node.op_type == DEQUANTIZE else None
         scale = graph.constant(node.inputs[1]) if codes is not None else None
         if codes is None or scale is None or codes.dtype != np.int8:
             continue
-        if scale.ndim:
-            shape = [1] * codes.ndim
-            shape[node.attributes.get_int("axis", 1)] = -1
-            scale = scale.reshape(shape)
-        found[_tensor(node)] = (codes * scale).astype(np.float32)
+        axis = node.attributes.get_int("axis", 1) if scale.ndim else 0
+        channels = np.broadcast_to(scale, codes.shape[axis] if scale.ndim else codes.shape[0])
+        found[_tensor(node)] = Rounded(codes=codes, scale=channels, channel_axis=axis)
     return found
 
 
@@ -80,8 +81,11 @@ def _first_reason(plan: Plan) -> str:
     return plan.float_layers[0].reason if plan.float_layers else "no layers"
 
 
-def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.Model:
+def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, Rounded]) -> ir.Model:
     given = ir.serde.serialize_model(model)
+    for initializer in given.graph.initializer:
+        if initializer.name in rounded:  # rounding code · scale to nearest gives the code again
+            initializer.CopyFrom(onnx.numpy_helper.from_array(dequantize(rounded[initializer.name]), initializer.name))
     given.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # ORT then knows that shapes are inferred
     op_types = sorted({decision.op_type for decision in plan.decisions if decision.precision == "int8"})
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder, quiet():
@@ -105,13 +109,15 @@ def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.
                 op_types_to_quantize=op_types,
                 nodes_to_quantize=list(plan.int8),
                 per_channel=True,
-                reduce_range=target.reduce_range,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
                 calibration_cache_path=cache,
                 # a mover that the plan calls int8 is int8 even where nothing before it is
-                extra_options={"ForceQuantizeNoInputCheck": True},
+                extra_options={
+                    "ForceQuantizeNoInputCheck": True,
+                    "TensorQuantOverrides": {name: _override(weight) for name, weight in rounded.items()},
+                },
             )
         except Exception as error:  # the quantizer raises ValueError, KeyError, TypeError, AssertionError, RuntimeError
             raise QuantizeError(
@@ -120,6 +126,15 @@ def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, target: Target) -> ir.
                 do="keep the node it names float with a rule, and report the model to us",
             ) from error
         return ir.serde.deserialize_model(onnx.load(out))
+
+
+def _override(weight: Rounded) -> list[dict[str, object]]:
+    """ONNX Runtime's way to say a weight's scale: one entry per channel, the first with the axis."""
+    entries: list[dict[str, object]] = [
+        {"quant_type": QuantType.QInt8, "scale": scale, "zero_point": np.int8(0)} for scale in weight.scale
+    ]
+    entries[0]["axis"] = weight.channel_axis
+    return entries
 
 
 def _read_real_values(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
@@ -131,11 +146,11 @@ def _read_real_values(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
     """
     int8 = set(plan.int8)
     makers = {value.name: node for node in model.graph for value in node.outputs}
-    for dequantize in [node for node in quantized.graph if node.op_type == DEQUANTIZE]:
-        quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
-        if quantize is None or quantize.op_type != QUANTIZE or quantize.inputs[0] is None:
+    for reader in [node for node in quantized.graph if node.op_type == DEQUANTIZE]:
+        writer = reader.inputs[0].producer() if reader.inputs[0] is not None else None
+        if writer is None or writer.op_type != QUANTIZE or writer.inputs[0] is None:
             continue
-        real, rounded = quantize.inputs[0], dequantize.outputs[0]
+        real, rounded = writer.inputs[0], reader.outputs[0]
         maker = makers.get(_original(real, rounded))
         if maker is not None and maker.name in int8 and maker.op_type not in FLOAT_OUTPUT:
             continue

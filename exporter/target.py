@@ -25,7 +25,8 @@ class Cost:
 class Target:
     """A CPU family.
 
-    reduce_range: weights use 7 bits, so that a pair of u8·s8 products cannot leave int16 (255·64·2 < 2¹⁵).
+    pairs_in_int16: some of its CPUs add two u8·s8 products in int16, which saturates (vpmaddubsw, before VNNI); weights
+        then keep the pair rule (exporter/correct/rounding.py).
     layers: op_types that hold the MACs; they run in integers wherever a kernel exists.
     elementwise, movers: other op_types with an integer kernel, which placement chooses for or against by cost. A mover
         leaves codes as they are: its output has its input's scale and zero point.
@@ -35,7 +36,7 @@ class Target:
 
     name: str
     summary: str
-    reduce_range: bool
+    pairs_in_int16: bool
     layers: tuple[str, ...]
     elementwise: Mapping[str, Cost]
     movers: Mapping[str, Cost]
@@ -80,7 +81,7 @@ SESSION = {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
 X86_VNNI = Target(
     name="x86-vnni",
     summary="x86-64 with AVX512-VNNI or AVX-VNNI: u8·s8 products are summed in int32, weights use all 8 bits",
-    reduce_range=False,
+    pairs_in_int16=False,
     layers=LAYERS,
     elementwise=ELEMENTWISE,
     movers=MOVERS,
@@ -94,8 +95,8 @@ X86_VNNI = Target(
 PORTABLE = replace(
     X86_VNNI,
     name="portable",
-    summary="any 64-bit CPU: weights use 7 bits, so that no x86 since AVX2 saturates; ARM and wasm are exact anyway",
-    reduce_range=True,
+    summary="any 64-bit CPU: 8-bit weights under the pair rule, which no x86 since AVX2 saturates; ARM and wasm need no rule",
+    pairs_in_int16=True,
 )
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (PORTABLE, X86_VNNI)}

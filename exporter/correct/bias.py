@@ -21,6 +21,7 @@ from exporter import graph
 from exporter.batches import Array
 from exporter.place import Plan
 from exporter.prepare import edit
+from exporter.qparams import Rounded, dequantize
 
 
 def channels(model: ir.Model, plan: Plan) -> dict[str, int]:
@@ -28,21 +29,21 @@ def channels(model: ir.Model, plan: Plan) -> dict[str, int]:
     return {x.name or "": _channel_axis(node) for node, x, _ in _layers(model, plan)}
 
 
-def correct(model: ir.Model, plan: Plan, means: Mapping[str, Array], weights: Mapping[str, Array]) -> ir.Model:
+def correct(model: ir.Model, plan: Plan, means: Mapping[str, Array], weights: Mapping[str, Rounded]) -> ir.Model:
     """A clone of the model with corrected biases.
 
     Args:
         model: the prepared graph.
         plan: which nodes are int8.
         means: {layer input: float64 [channels]}, E[x] over the calibration batches.
-        weights: {weight initializer: Ŵ}, float32 in the weight's shape (`quantize.weights`).
+        weights: {weight initializer: its codes}, Ŵ (`quantize.weights`).
     """
     corrected = model.clone()
     for node, x, weight in _layers(corrected, plan):
         exact, rounded = graph.constant(weight), weights.get(weight.name or "")
         if exact is None or rounded is None:
             continue
-        shift = _mean_error(node, rounded.astype(np.float64) - exact, means[x.name or ""])
+        shift = _mean_error(node, dequantize(rounded).astype(np.float64) - exact, means[x.name or ""])
         bias = _bias(node)
         if bias is None and node.op_type != "MatMul":
             _set_input(node, 2, edit.initializer(corrected, f"{node.name}_bias", -shift.astype(np.float32)))

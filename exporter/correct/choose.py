@@ -10,8 +10,10 @@ import onnx_ir as ir
 from exporter import graph, quantize
 from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges
-from exporter.correct import bias
+from exporter.correct import bias, rounding
+from exporter.errors import QuantizeError
 from exporter.place import Plan
+from exporter.qparams import Rounded
 from exporter.target import Target
 from runtime import drift
 
@@ -47,18 +49,35 @@ def improve(
     """Quantize with and without each correction and keep the better.
 
     Args:
-        model, plan, ranges, target: as for `quantize.to_int8`.
+        model, plan, ranges: as for `quantize.to_int8`.
         means: channel means of `bias.channels`.
+        target: whether weights must keep the pair rule.
         batches: calibration batches to compare on; reported drift uses others.
+
+    Raises:
+        QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
     """
-    plain = quantize.to_int8(model, plan, ranges, target)
+    rounded = rounding.under_pair_rule(model, plan) if target.pairs_in_int16 else {}
+    plain = quantize.to_int8(model, plan, ranges, rounded)
+    if target.pairs_in_int16:
+        _check_pairs(model, plan, quantize.weights(plain))
     expected = list(map(graph.runner(model), batches))
     before = _snr_db(plain, expected, batches)
-    better = quantize.to_int8(bias.correct(model, plan, means, quantize.weights(plain)), plan, ranges, target)
+    better = quantize.to_int8(bias.correct(model, plan, means, quantize.weights(plain)), plan, ranges, rounded)
     after = _snr_db(better, expected, batches)
     kept = after > before + WORTH_DB
     tried = Correction(name="bias", before_db=before, after_db=after, kept=kept)
     return Corrected(int8=better if kept else plain, corrections=(tried,))
+
+
+def _check_pairs(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -> None:
+    for node in rounding.paired_layers(model, plan):
+        weight = weights.get(node.inputs[1].name or "") if node.inputs[1] is not None else None
+        if weight is None or rounding.breaks_pair_rule(node, weight.codes):
+            raise QuantizeError(
+                f"{node.op_type} {node.name}", found="codes that break the pair rule", expected="codes that keep it",
+                do="report the model to us", node=node.name or "",
+            )  # fmt: skip
 
 
 def _snr_db(int8: ir.Model, expected: Sequence[Batch], batches: Sequence[Batch]) -> float:

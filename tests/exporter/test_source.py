@@ -91,10 +91,9 @@ def test_older_opset_is_raised_until_per_channel_weights_work(opset: int, tmp_pa
     made = prepare.to_quantizable(trace.to_onnx(exporter.from_onnx(tmp_path / "m.onnx")).model, batch)
     assert made.model.opset_imports[""] == trace.OPSET
     from exporter import quantize
-    from exporter.target import X86_VNNI
 
     plan, ranges = graphs.planned(made.model, batch)
-    int8 = quantize.to_int8(made.model, plan, ranges, X86_VNNI)
+    int8 = quantize.to_int8(made.model, plan, ranges)
     scales = [
         np.shape(graph.constant(node.inputs[1]))
         for node in int8.graph

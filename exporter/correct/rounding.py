@@ -1,0 +1,123 @@
+"""Round weights under the pair rule, at the scale that costs the least.
+
+Without VNNI, x86's vpmaddubsw multiplies uint8 activations by int8 weights and adds the products of two neighbours in
+int16, which saturates. Neighbours are positions (2k, 2k+1) of the sum over K, in the order the kernel takes it: for Conv
+(kernel position, channel of the group), for MatMul and Gemm along the rows of B. A sum leaves int16 only if two codes of
+one sign add up to more than 128 in magnitude, for 255 · 128 = 32640 < 2¹⁵. So the rule
+
+    |a| + |b| <= 128   for neighbours a, b of one sign
+
+makes full-range weights exact on every x86 since AVX2. Depthwise Conv has a kernel of its own that does not pair.
+
+Per channel the scale is the one of SCALES times max|w|/127 with the least Σ(w - code · scale)²; a pair that breaks the
+rule shares its excess between its two codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.batches import Array
+from exporter.place import Plan
+from exporter.qparams import Rounded
+
+PAIR_LIMIT = 128
+LARGEST = 127
+# weights smaller than this are zero: their scale would not be a normal float32
+NOTHING = 1e-30
+# from a fifth of the largest weights clipped to 7-bit codes, under which no pair can break the rule
+SCALES = np.linspace(0.8, 2.0, 41)
+
+
+def under_pair_rule(model: ir.Model, plan: Plan) -> Mapping[str, Rounded]:
+    """{weight initializer: its codes} of each int8 layer whose kernel pairs."""
+    rounded: dict[str, Rounded] = {}
+    for node in paired_layers(model, plan):
+        name, weight = node.inputs[1].name or "", graph.constant(node.inputs[1])  # type: ignore[union-attr]
+        if name not in rounded and weight is not None:
+            codes, scale = fit(_rows(node, weight))
+            rounded[name] = Rounded(
+                codes=_from_rows(node, codes, weight.shape), scale=scale, channel_axis=_channel_axis(node)
+            )
+    return rounded
+
+
+def paired_layers(model: ir.Model, plan: Plan) -> list[ir.Node]:
+    """The int8 layers with a constant weight whose kernel adds pairs of products in int16."""
+    int8 = set(plan.int8)
+    return [
+        node
+        for node in model.graph
+        if node.name in int8
+        and node.op_type in ("Conv", "Gemm", "MatMul")
+        and (weight := graph.constant(node.inputs[1])) is not None
+        and not (
+            node.op_type == "Conv" and weight.shape[1] == 1 and weight.shape[0] == node.attributes.get_int("group", 1)
+        )
+    ]
+
+
+def fit(rows: Array) -> tuple[Array, Array]:
+    """Codes and scales of a weight whose rows are channels in the kernel's order.
+
+    Args:
+        rows: float32 [channels, K].
+
+    Returns:
+        codes int8 [channels, K] that keep the pair rule, scale float32 [channels] > 0. A row of nothing has scale 1.
+    """
+    largest = np.abs(rows).max(axis=1)
+    unit = np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
+    best = np.full(len(rows), np.inf)
+    scale, codes = unit.copy(), np.zeros(rows.shape, np.int8)
+    for factor in SCALES:
+        tried = (unit * np.float32(factor)).astype(np.float32)
+        found = keep_pair_rule(np.clip(np.rint(rows / tried[:, None]), -LARGEST, LARGEST))
+        error = ((rows - found * tried[:, None]).astype(np.float64) ** 2).sum(axis=1)
+        better = error < best
+        best[better], scale[better], codes[better] = error[better], tried[better], found[better].astype(np.int8)
+    return codes, scale
+
+
+def keep_pair_rule(codes: Array) -> Array:
+    """The codes with each offending pair pulled in until |a| + |b| = 128; half of the excess from either.
+
+    Args:
+        codes: whole numbers in -127..127, [channels, K] in the kernel's order; K may be odd, its last has no neighbour.
+    """
+    kept = codes.copy()
+    even = codes.shape[1] // 2 * 2
+    a, b = kept[:, 0:even:2], kept[:, 1:even:2]
+    excess = np.where(a * b > 0, np.maximum(np.abs(a) + np.abs(b) - PAIR_LIMIT, 0), 0)
+    kept[:, 0:even:2] = a - np.sign(a) * np.ceil(excess / 2)
+    kept[:, 1:even:2] = b - np.sign(b) * np.floor(excess / 2)
+    return kept
+
+
+def breaks_pair_rule(node: ir.Node, codes: Array) -> bool:
+    """Whether a layer's codes, in the weight's own shape, could saturate in its kernel."""
+    rows = _rows(node, codes).astype(np.int32)
+    return bool((keep_pair_rule(rows) != rows).any())
+
+
+def _rows(node: ir.Node, weight: Array) -> Array:
+    """[channels, K] in the order in which the node's kernel sums."""
+    if node.op_type == "Conv":
+        return np.moveaxis(weight, 1, -1).reshape(weight.shape[0], -1)
+    return weight if _channel_axis(node) == 0 else weight.T
+
+
+def _from_rows(node: ir.Node, rows: Array, shape: tuple[int, ...]) -> Array:
+    if node.op_type == "Conv":
+        return np.ascontiguousarray(np.moveaxis(rows.reshape(shape[0], *shape[2:], shape[1]), -1, 1))
+    return np.ascontiguousarray(rows if _channel_axis(node) == 0 else rows.T)
+
+
+def _channel_axis(node: ir.Node) -> int:
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return 0 if node.op_type == "Conv" else 1
