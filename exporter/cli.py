@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from exporter import batches
 from exporter.errors import CalibrationError, TraceError
 from exporter.pipeline import export
-from exporter.recipe import load_recipe, presets
+from exporter.recipe import Recipe, load_recipe, presets
 from exporter.report import Report
 from exporter.source import Sample, Source, from_file, from_onnx, from_pretrained, from_program, load_python
 from runtime import manifest as manifests
@@ -82,8 +82,9 @@ def run(
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
     if target and recipe:
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
+    asked = load_recipe(recipe or target) if recipe or target else None
     model, seen, unseen, sample = _read(source, task, calibration, heldout, images)
-    chosen = recipe or target or (str(sample.recipe) if sample and sample.recipe else DEFAULT_RECIPE)
+    chosen = asked or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
     report = _export(model, chosen, seen, unseen, out)
     _finish(report, _scores(out, sample), out, as_json)
 
@@ -95,6 +96,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a small network on real handwritten digits, export it, and prove the bundle. No network needed."""
+    recipe = load_recipe(target)
     here = Path(__file__).parent
     sample = from_file(str(next(p for p in (here / "samples/digits", here.parent / "samples/digits") if p.is_dir())))
     if not as_json:
@@ -102,7 +104,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="packlight-demo-") as folder:
         place = out or Path(folder) / "digits"
         seen, unseen = _data(sample.calibration, None, None), _data(sample.heldout, None, None)
-        report = _export(sample.source(), target, seen, unseen, place)
+        report = _export(sample.source(), recipe, seen, unseen, place)
         _finish(report, _scores(place, sample), out, as_json)
 
 
@@ -156,10 +158,10 @@ def _given(text: str | None) -> Any:
     return function()
 
 
-def _export(source: Source, recipe: str, seen: Any, unseen: Any, out: Path) -> Report:
+def _export(source: Source, recipe: Recipe, seen: Any, unseen: Any, out: Path) -> Report:
     try:
         with Terminal() as progress:
-            return export(source, load_recipe(recipe), calibration=seen, heldout=unseen, out=out, progress=progress)
+            return export(source, recipe, calibration=seen, heldout=unseen, out=out, progress=progress)
     except KeyboardInterrupt:
         raise PacklightError(
             "interrupted", found="Ctrl-C", do="run it again; no half-written bundle was left"
