@@ -8,8 +8,8 @@ Five models from one FP32 graph and the same calibration batches:
     fp32       the graph as torch gave it
     ort        quantize_static(model, out, reader): ONNX Runtime's defaults (S8S8, one scale a tensor)
     ort-u8s8   quantize_static with activation_type=QUInt8, per_channel=True: all op_types, the best of its plain settings
-    portable   packlight, weights of 7 bits
-    x86-vnni   packlight, weights of 8 bits
+    portable   packlight, weights under the pair rule, for any CPU
+    x86-vnni   packlight, weights rounded to nearest
 
 Both of ORT's are quantized after quant_pre_process, as its manual asks. One thread, on the first held-out batch; the five run
 in turn, A B C D E A B C D E ..., so that a drifting machine hits all alike.
