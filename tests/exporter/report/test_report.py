@@ -1,0 +1,118 @@
+"""The Report value and its views: text, JSON, HTML, and the manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+
+import onnxruntime
+import pytest
+
+import runtime
+from exporter import Report
+from exporter.correct import Correction
+from exporter.report import FloatLayer, text
+from runtime import manifest as manifests
+from runtime.drift import Drift, OutputDrift
+from tests.exporter.conftest import Exported
+
+
+def flat(report: Report) -> str:
+    return " ".join(str(report).split())
+
+
+def test_json_has_every_field_and_is_canonical(exported: Exported) -> None:
+    found = json.loads(exported.report.to_json())
+    assert [*found] == sorted(field.name for field in fields(Report))
+    assert found["integer_macs"] == 1.0
+    assert found["drift"]["outputs"][0]["name"] == "logits"
+    assert found["timing"]["ratio"] == exported.report.timing.ratio  # type: ignore[union-attr]
+
+
+def test_bundles_own_report_is_the_same_but_for_the_time_of_this_machine(exported: Exported) -> None:
+    inside = json.loads((exported.folder / "report.json").read_text())
+    assert inside["timing"] is None
+    assert inside == json.loads(replace(exported.report, timing=None).to_json())
+
+
+def test_infinite_snr_is_strict_json(exported: Exported) -> None:
+    same = OutputDrift(name="y", snr_db=float("inf"), cosine=1.0, max_abs=0.0, mean_abs=0.0, same_top1=None, elements=4)
+    report = replace(exported.report, drift=Drift(outputs=(same,), batches=1))
+    found = json.loads(report.to_json(), parse_constant=lambda word: pytest.fail(word))
+    assert found["drift"]["outputs"][0]["snr_db"] == "inf"
+
+
+def test_text_fits_80_columns_whatever_the_names(exported: Exported) -> None:
+    long = FloatLayer(node="/encoder/" + "layer/" * 30 + "MatMul", op_type="MatMul", macs=3, reason="no kernel " * 20)
+    report = replace(exported.report, name="m" * 200, float_layers=(long,) * 3)
+    for each in (exported.report, report):
+        lines = str(each).splitlines()
+        assert max(map(len, lines)) <= text.WIDTH == 80
+        assert lines[0].startswith("asked     ")
+
+
+def test_drift_never_stands_without_the_integer_share_before_it(exported: Exported) -> None:
+    lines = [line.split()[0] for line in str(exported.report).splitlines() if not line.startswith(" ")]
+    assert lines.index("integers") == lines.index("drift") - 1
+    assert "integers 100.0\u00a0%" in str(exported.report).replace("  ", "")
+    html = (exported.folder / "report.html").read_text()
+    assert "SNR" in html and re.search(r"100(\.0)?.{0,8}%", html)
+
+
+def test_text_says_what_was_asked_decided_and_measured(exported: Exported) -> None:
+    report = exported.report
+    said = flat(report)
+    assert "residual for x86-vnni (recipe x86-vnni)" in said
+    assert "by dynamo; equals torch at 3 sizes" in said
+    assert f"{report.int8_nodes} nodes int8, {report.float_nodes} float" in said
+    assert "4 batches calibrated, 3 held out" in said
+    assert f"SNR {report.drift.outputs[0].snr_db:.1f} dB" in said
+    assert said.endswith("verdict met")
+
+
+def test_text_says_what_is_bad_as_loudly(exported: Exported) -> None:
+    line = replace(exported.report.lines[0], met=False)
+    report = replace(
+        exported.report, met=False, lines=(line,), repeated_batches=2, random_data=True, traced_by="onnx",
+        float_layers=(FloatLayer(node="lstm", op_type="LSTM", macs=9, reason="no kernel"),),
+        corrections=(Correction(name="bias", before_db=20.0, after_db=19.0, kept=False),),
+    )  # fmt: skip
+    said = flat(report)
+    for words in (
+        "NOT MET: snr_db logits", "2 more left out: calibration had seen them", "RANDOM data", "given as ONNX",
+        "float: LSTM lstm: no kernel", "bias correction not kept: 20.0 -> 19.0 dB",
+    ):  # fmt: skip
+        assert words in said
+    assert "ALL of them were calibrated on too" in flat(replace(report, overlapping=True))
+
+
+def test_html_needs_no_network_and_lists_every_node(exported: Exported) -> None:
+    html = (exported.folder / "report.html").read_text()
+    assert not re.search(r"(src|href)=|@import|url\(|<script", html)
+    for line in (exported.folder / "plan.txt").read_text().splitlines()[1:]:
+        assert line.split(" | ")[0] in html
+    open_tags: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "br", "hr", "link", "img", "col"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    Checker().feed(html)
+    assert open_tags == []
+
+
+def test_manifest_says_inputs_outputs_target_session_budget_and_versions(exported: Exported) -> None:
+    found = runtime.load(exported.folder).manifest
+    assert [(t.name, t.dtype, t.shape) for t in found.inputs] == [("image", "float32", ("batch", 3, 8, 8))]
+    assert [(t.name, t.shape) for t in found.outputs] == [("logits", ("batch", 4))]
+    assert (found.name, found.target, found.budget.min_snr_db) == ("residual", "x86-vnni", 10.0)
+    assert found.session == {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
+    assert found.versions["onnxruntime"] == onnxruntime.__version__
+    assert {"onnx", "torch", "numpy"} <= found.versions.keys()
+    assert manifests.loads((exported.folder / "manifest.json").read_text(), "m") == found
