@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,21 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
     Raises:
         CalibrationError: nothing given, wrong names, dtype or shape, NaN or infinity; names the batch and the input.
     """
+    require(given, role)
+    if isinstance(given, str) and given == RANDOM:
+        yield from random(tensors, RANDOM_BATCHES, np.random.default_rng(len(role)))
+        return
+    stream = _files(Path(given)) if isinstance(given, str | Path) else iter(given)
+    for number, raw in enumerate(stream):
+        yield _checked(raw, tensors, role, number)
+
+
+def require(given: Any, role: str) -> None:
+    """Refuse what cannot be batches, before any long work.
+
+    Raises:
+        CalibrationError: nothing given, or one batch where an iterable of batches is meant.
+    """
     if given is None:
         raise CalibrationError(
             f"{role}: no data",
@@ -57,13 +72,9 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
             do="pass an iterable of {input: array}, or --calibration/--heldout with .npz files",
         )
     if isinstance(given, Mapping):
-        raise CalibrationError(f"{role}", found="one dict", expected="an iterable of dicts", do="wrap it: [batch]")
-    if isinstance(given, str) and given == RANDOM:
-        yield from random(tensors, RANDOM_BATCHES, np.random.default_rng(len(role)))
-        return
-    stream = _files(Path(given)) if isinstance(given, str | Path) else iter(given)
-    for number, raw in enumerate(stream):
-        yield _checked(raw, tensors, role, number)
+        raise CalibrationError(role, found="one dict", expected="an iterable of dicts", do="wrap it: [batch]")
+    if not isinstance(given, str | Path) and not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
+        raise CalibrationError(role, found=type(given).__name__, expected="an iterable of batches, or a path")
 
 
 def peek(stream: Iterator[Batch], role: str) -> tuple[Batch, Iterator[Batch]]:
@@ -187,18 +198,20 @@ class Split:
 
     A held-out batch whose bytes calibration has seen is left out and counted in `repeated`; if that leaves none, they are
     used after all and `overlapping` says so, for then drift is optimistic. Without held-out data every fourth
-    calibration batch is kept apart for it. Streams are read once, in order: calibration first.
+    calibration batch is kept apart for it, MOST_APART at most. Streams are read once, in order: calibration first.
     """
 
     EVERY = 4
     KEPT = 8  # calibration batches kept in memory, for choosing between corrections
+    MOST_APART = 64  # batches kept in memory and apart, for want of held-out data
     MOST_REPEATED = 32  # repeated batches kept in memory, should there be no others
 
     def __init__(self, calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
         self._given = heldout
         self.random = any(isinstance(given, str) and given == RANDOM for given in (calibration, heldout))
-        self.total = len(calibration) if isinstance(calibration, list | tuple) else None
+        sized = isinstance(calibration, Sized) and not isinstance(calibration, str)
+        self.total = len(calibration) if sized else None
         self.first, self._stream = peek(read(calibration, tensors, "calibration"), "calibration")
         self.kept: list[Batch] = []
         self.repeated = 0
@@ -208,7 +221,8 @@ class Split:
 
     def calibration(self) -> Iterator[Batch]:
         for number, batch in enumerate(self._stream):
-            if self._given is None and number % self.EVERY == self.EVERY - 1:
+            apart = self._given is None and len(self._apart) < self.MOST_APART
+            if apart and number % self.EVERY == self.EVERY - 1:
                 self._apart.append(batch)
                 continue
             self._seen.add(digest(batch))

@@ -38,6 +38,7 @@ def export(
     tell = progress or Silent()
     out = Path(out)
     bundle.require_place(out)
+    batches.require(calibration, "calibration")
     cpu = target.by_name(recipe.target)
 
     tell.stage("trace the model and prove the graph")
