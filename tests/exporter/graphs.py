@@ -46,7 +46,9 @@ def node(of: ir.Model, name: str) -> ir.Node:
     return next(each for each in of.graph if each.name == name)
 
 
-def rewritten(before: ir.Model, rewrite: Callable[[ir.Model], int], *batches: Mapping[str, Array]) -> tuple[ir.Model, int]:
+def rewritten(
+    before: ir.Model, rewrite: Callable[[ir.Model], int], *batches: Mapping[str, Array]
+) -> tuple[ir.Model, int]:
     """A rewritten clone, proved equal on each batch, and how often the rewrite matched."""
     after = before.clone()
     matched = rewrite(after)
@@ -56,7 +58,9 @@ def rewritten(before: ir.Model, rewrite: Callable[[ir.Model], int], *batches: Ma
     return after, matched
 
 
-def planned(of: ir.Model, *batches: Mapping[str, Array], target: Target = X86_VNNI, **rules: str) -> tuple[Plan, Ranges]:
+def planned(
+    of: ir.Model, *batches: Mapping[str, Array], target: Target = X86_VNNI, **rules: str
+) -> tuple[Plan, Ranges]:
     """The plan, and the ranges over `batches`; rules as op_type="float"."""
     given = tuple(Rule(match=match, precision=precision, why="test") for match, precision in rules.items())  # type: ignore[arg-type]
     plan = place.decide(of, target, given, graph.shapes(of, batches[0]))

@@ -34,7 +34,14 @@ def refusal(given: object, *tensors: Tensor) -> CalibrationError:
 
 def test_dicts_tuples_lists_arrays_and_tensors_give_the_same_batch() -> None:
     array = np.ones((2, 3), np.float32)
-    given = [{"image": array}, (array,), [array], array, torch.ones(2, 3), {"image": torch.ones(2, 3, requires_grad=True)}]
+    given = [
+        {"image": array},
+        (array,),
+        [array],
+        array,
+        torch.ones(2, 3),
+        {"image": torch.ones(2, 3, requires_grad=True)},
+    ]
     for batch in batches.read(given, (IMAGE,), "calibration"):
         np.testing.assert_array_equal(batch["image"], array, strict=True)
 

@@ -23,9 +23,9 @@ ABOUT = Manifest(
     name="m", target="x86-vnni", inputs=graph.inputs(MODEL), outputs=graph.outputs(MODEL), files={}, session={},
     budget=Budget(), versions={},
 )  # fmt: skip
-FILES = {manifests.FP32: BYTES, manifests.INT8: BYTES} | {
-    name: b"{}\n" for name in ("recipe.toml", "plan.txt", "ranges.json", "report.json", "report.html")
-}
+FILES = {manifests.FP32: BYTES, manifests.INT8: BYTES} | dict.fromkeys(
+    ("recipe.toml", "plan.txt", "ranges.json", "report.json", "report.html"), b"{}\n"
+)
 
 
 def batch(seed: int, rows: int = 2) -> dict[str, np.ndarray]:
@@ -149,6 +149,8 @@ def test_no_heldout_batch_is_refused() -> None:
 def test_nan_in_the_reference_is_refused_by_batch_and_output() -> None:
     log = graphs.model("(float[N,4] x) => (float[N,4] y) { y = Log(x) }")
     good = {"x": np.ones((1, 4), np.float32)}
-    with pytest.raises(CalibrationError, match="held-out batch 1: output 'y' of the FP32 model: found NaN or infinity") as error:
+    with pytest.raises(
+        CalibrationError, match="held-out batch 1: output 'y' of the FP32 model: found NaN or infinity"
+    ) as error:
         record(good, {"x": -np.ones((1, 4), np.float32)}, fp32=graph.to_bytes(log))
     assert (error.value.batch, error.value.tensor) == (1, "y")

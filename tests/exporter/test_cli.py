@@ -92,12 +92,17 @@ def evaluate(run): return {"mean": float(run(rows(90)[0])["y"].mean())}
 
 def test_python_file_brings_model_data_recipe_and_score(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "sample.py").write_text(SAMPLE)
-    (tmp_path / "recipe.toml").write_text(exporter.load_recipe("x86-vnni").text.replace('name   = "x86-vnni"', 'name = "mine"'))
+    (tmp_path / "recipe.toml").write_text(
+        exporter.load_recipe("x86-vnni").text.replace('name   = "x86-vnni"', 'name = "mine"')
+    )
     assert call("export", tmp_path, "--out", tmp_path / "b") == 0
     said, _ = capsys.readouterr()
     assert said.startswith("asked     Linear for x86-vnni (recipe mine)")
     assert "score     mean: FP32 " in said
-    assert call("export", f"{tmp_path / 'sample.py'}:source", "--target", "portable", "--out", tmp_path / "b", "--json") == 0
+    assert (
+        call("export", f"{tmp_path / 'sample.py'}:source", "--target", "portable", "--out", tmp_path / "b", "--json")
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["report"]["target"] == "portable"
     assert found["scores"]["mean"][0] == pytest.approx(found["scores"]["mean"][1], abs=0.02)
@@ -119,7 +124,13 @@ REFUSED = [
 
 @pytest.mark.parametrize(("args", "says"), REFUSED)
 def test_what_cannot_run_is_one_line_on_stderr_and_2(
-    args: list[str], says: str, onnx_file: Path, data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    args: list[str],
+    says: str,
+    onnx_file: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call("export", *(arg.format(onnx=onnx_file, data=data) for arg in args)) == 2
@@ -137,7 +148,9 @@ def test_wrong_usage_is_2(args: list[str]) -> None:
 def test_ctrl_c_is_one_line_2_and_no_folder(
     onnx_file: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "d.py").write_text("import numpy as np\ndef rows():\n    yield np.zeros((4, 8), np.float32)\n    raise KeyboardInterrupt\n")
+    (tmp_path / "d.py").write_text(
+        "import numpy as np\ndef rows():\n    yield np.zeros((4, 8), np.float32)\n    raise KeyboardInterrupt\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert call("export", onnx_file, "--calibration", "d.py:rows", "--out", "b") == 2
     said, err = capsys.readouterr()
@@ -166,7 +179,7 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "onnx", "onnx_ir", "onnxscript", "exporter", "optimum", "pydantic", "networkx"}:
+        if name.split(".")[0] in {"torch", "onnx", "onnx_ir", "onnxscript", "exporter", "optimum", "networkx"}:
             raise ImportError(f"{name} is not installed on this device")
 
 sys.meta_path.insert(0, Blocker())

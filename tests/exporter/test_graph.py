@@ -47,9 +47,7 @@ def test_macs_are_those_the_runtime_counts(tmp_path: Path) -> None:
 
 
 def test_macs_of_matmul_and_lstm_by_hand() -> None:
-    matmul = graphs.model(
-        "(float[2,6,8] a, float[2,8,10] b) => (float[2,6,10] y) { [m] y = MatMul(a, b) }"
-    )
+    matmul = graphs.model("(float[2,6,8] a, float[2,8,10] b) => (float[2,6,10] y) { [m] y = MatMul(a, b) }")
     shapes = graph.shapes(matmul, {"a": graphs.noise(1, 2, 6, 8), "b": graphs.noise(2, 2, 8, 10)})
     assert graph.macs(graphs.node(matmul, "m"), shapes) == 2 * 6 * 10 * 8
     lstm = graphs.model(
@@ -68,7 +66,9 @@ def test_dimension_without_a_name_is_called_after_its_tensor() -> None:
 
 
 def test_initializer_that_an_old_file_lists_as_input_is_not_asked_of_the_caller() -> None:
-    proto = graphs.proto("(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": np.eye(4, dtype=np.float32)})
+    proto = graphs.proto(
+        "(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": np.eye(4, dtype=np.float32)}
+    )
     model = ir.serde.deserialize_model(proto)
     assert [tensor.name for tensor in graph.inputs(model)] == ["x"]
 

@@ -55,7 +55,10 @@ def test_bundle_answers_what_torch_answers(exported: Exported) -> None:
 def test_report_counts_nodes_batches_and_bytes(exported: Exported) -> None:
     report, files = exported.report, contents(exported.folder)
     plan = (exported.folder / "plan.txt").read_text().splitlines()[1:]
-    assert (report.int8_nodes, report.float_nodes) == (sum("| int8 |" in x for x in plan), sum("| float |" in x for x in plan))
+    assert (report.int8_nodes, report.float_nodes) == (
+        sum("| int8 |" in x for x in plan),
+        sum("| float |" in x for x in plan),
+    )
     assert (report.calibration_batches, report.drift.batches) == (4, 3)
     assert (report.fp32_bytes, report.int8_bytes) == (len(files["model.fp32.onnx"]), len(files["model.int8.onnx"]))
     assert report.macs == 2 * 64 * (16 * 27 + 16 * 16 * 9 + 4 * 16)
@@ -82,7 +85,9 @@ exporter.export(
 """
 
 
-def test_exporting_again_in_this_process_and_in_another_gives_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
+def test_exporting_again_in_this_process_and_in_another_gives_the_same_bytes(
+    exported: Exported, tmp_path: Path
+) -> None:
     exporter.export(
         models.source("residual"),
         VNNI,
@@ -172,10 +177,17 @@ def test_folder_that_is_no_bundle_is_refused_before_any_work(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_unknown_target_is_refused_before_any_work(onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_target_is_refused_before_any_work(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trace, "to_onnx", lambda source: pytest.fail("traced"))
     with pytest.raises(RecipeError, match="did you mean 'x86-vnni'"):
-        exporter.export(exporter.from_onnx(onnx_file), VNNI.model_copy(update={"target": "x86-vni"}), batches(1, 4), out=tmp_path / "b")
+        exporter.export(
+            exporter.from_onnx(onnx_file),
+            VNNI.model_copy(update={"target": "x86-vni"}),
+            batches(1, 4),
+            out=tmp_path / "b",
+        )
 
 
 @pytest.mark.parametrize(
@@ -227,9 +239,22 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
             yield from items  # type: ignore[misc]
 
     exporter.export(
-        exporter.from_onnx(onnx_file), VNNI, calibration=list(batches(1, 4)), heldout=batches(2, 1), out=tmp_path / "b", progress=Listener()
+        exporter.from_onnx(onnx_file),
+        VNNI,
+        calibration=list(batches(1, 4)),
+        heldout=batches(2, 1),
+        out=tmp_path / "b",
+        progress=Listener(),
     )
-    assert [text.split()[0] for text in told] == ["trace", "rewrite", "decide", "calibrate", "quantize,", "measure", "write"]
+    assert [text.split()[0] for text in told] == [
+        "trace",
+        "rewrite",
+        "decide",
+        "calibrate",
+        "quantize,",
+        "measure",
+        "write",
+    ]
     assert told[3] == "calibrate 4"
 
 
@@ -237,19 +262,24 @@ def test_rule_of_the_recipe_reaches_the_plan_and_the_report(onnx_file: Path, tmp
     text = VNNI.text + '\n[[rules]]\nmatch = "e"\nprecision = "float"\nwhy = "the last layer"\n'
     from exporter.recipe import parse
 
-    report = exporter.export(exporter.from_onnx(onnx_file), parse(text, "own.toml"), batches(1, 4), batches(2, 1), out=tmp_path / "b")
+    report = exporter.export(
+        exporter.from_onnx(onnx_file), parse(text, "own.toml"), batches(1, 4), batches(2, 1), out=tmp_path / "b"
+    )
     assert "e | Gemm | float | rule 'e': the last layer" in (tmp_path / "b" / "plan.txt").read_text()
     assert ("e", 4 * 16 * 4) in [(layer.node, layer.macs) for layer in report.float_layers]
     assert (tmp_path / "b" / "recipe.toml").read_text() == text
     assert report.integer_macs <= 8 * 16 / (8 * 16 + 16 * 4)
 
 
-def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_same(onnx_file: Path, tmp_path: Path) -> None:
+def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_same(
+    onnx_file: Path, tmp_path: Path
+) -> None:
     from exporter.recipe import parse
 
     text = VNNI.text.replace("min_snr_db = 10.0", "min_snr_db = 90.0")
-    report = exporter.export(exporter.from_onnx(onnx_file), parse(text, "own.toml"), batches(1, 4), batches(2, 1), out=tmp_path / "b")
+    report = exporter.export(
+        exporter.from_onnx(onnx_file), parse(text, "own.toml"), batches(1, 4), batches(2, 1), out=tmp_path / "b"
+    )
     assert not report.met
     verdict = runtime.check(runtime.load(tmp_path / "b"))
     assert [(line.limit, line.met) for line in verdict.lines] == [(90.0, False)]
-

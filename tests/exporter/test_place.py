@@ -78,7 +78,13 @@ def test_plan_names_the_tensors_that_int8_nodes_touch_and_no_other() -> None:
 def test_macs_of_the_observed_batch_are_written_down() -> None:
     plan = decide(graphs.model(CONVS, W), X)
     conv = 2 * 8 * 16 * 16 * 8 * 9
-    assert {d.node: d.macs for d in plan.decisions} == {"first": conv, "relu": 0, "second": conv, "add": 0, "third": conv}
+    assert {d.node: d.macs for d in plan.decisions} == {
+        "first": conv,
+        "relu": 0,
+        "second": conv,
+        "add": 0,
+        "third": conv,
+    }
 
 
 def test_first_rule_that_matches_wins_by_name_or_by_op_type() -> None:
@@ -105,7 +111,9 @@ def test_rule_takes_its_surroundings_along() -> None:
 
 
 def test_rule_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(RecipeError, match="rule 'Conv2d' matches no node: found 5 nodes such as 'first', 'relu'") as error:
+    with pytest.raises(
+        RecipeError, match="rule 'Conv2d' matches no node: found 5 nodes such as 'first', 'relu'"
+    ) as error:
         decide(graphs.model(CONVS, W), X, rule("first", "float"), rule("Conv2d", "float"))
     assert error.value.where == "rules[1]"
 
@@ -126,7 +134,10 @@ REFUSED = [
     ("[n] y = Gemm(x, k, z)", "its bias is computed at run time"),
     ("[c] i = Cast<to=7>(x)\n [n] j = Add(i, i)\n [d] y = Cast<to=1>(j)", "computes on int64 tensors"),
     ("[n] i = Add(k, k)\n [d] y = Add(x, i)", "all its inputs are constant"),
-    ("[a] i = Gemm(x, k)\n [n] j = Relu(i)\n [d] y = Add(i, j)", "no integer kernel for Relu, and what it reads is read elsewhere too"),
+    (
+        "[a] i = Gemm(x, k)\n [n] j = Relu(i)\n [d] y = Add(i, j)",
+        "no integer kernel for Relu, and what it reads is read elsewhere too",
+    ),
     ("[a] i = Gemm(x, k)\n [n] y = Clip(i, one)", "its bounds leave 0 out: codes saturate only around 0"),
     ("[a] i = Gemm(x, k)\n [n] y = Clip(i, minus, minus)", "its bounds leave 0 out: codes saturate only around 0"),
 ]
@@ -143,7 +154,9 @@ def test_node_that_has_no_integer_form_says_why(body: str, reason: str) -> None:
 
 
 def test_weight_of_rank_3_says_why() -> None:
-    model = graphs.model("(float[2,3,4] x) => (float[2,3,5] y) { [n] y = MatMul(x, w) }", {"w": graphs.noise(1, 2, 4, 5)})
+    model = graphs.model(
+        "(float[2,3,4] x) => (float[2,3,5] y) { [n] y = MatMul(x, w) }", {"w": graphs.noise(1, 2, 4, 5)}
+    )
     assert reasons(decide(model, {"x": graphs.noise(2, 2, 3, 4)}))["n"].startswith("its weight has rank 3")
 
 
@@ -202,16 +215,23 @@ def test_placement_is_the_cheapest_of_all_placements() -> None:
 
     def price(int8: set[str]) -> float:
         sides = {"c1", "c2"} | int8
-        kernels = sum((add.int8_ns + target.quantize_ns if s in int8 else add.float_ns) * elements for s in ("s1", "s2", "s3"))
+        kernels = sum(
+            (add.int8_ns + target.quantize_ns if s in int8 else add.float_ns) * elements for s in ("s1", "s2", "s3")
+        )
         crossings = 0.0
         for value, who in readers.items():
             made = makers[value] in sides
-            crossings += dq * (made and any(r not in sides for r in who)) + q * (not made and any(r in sides for r in who))
+            crossings += dq * (made and any(r not in sides for r in who)) + q * (
+                not made and any(r in sides for r in who)
+            )
         return kernels + crossings
 
     subsets = [set(c) for n in range(4) for c in itertools.combinations(("s1", "s2", "s3"), n)]
     best = min(map(price, subsets))
-    found = {name for name, precision in graphs.precisions(decide(model, X)).items() if precision == "int8"} - {"c1", "c2"}
+    found = {name for name, precision in graphs.precisions(decide(model, X)).items() if precision == "int8"} - {
+        "c1",
+        "c2",
+    }
     assert price(found) == pytest.approx(best)
 
 

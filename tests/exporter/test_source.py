@@ -292,7 +292,9 @@ def test_folder_means_its_sample_and_its_recipe(sample: Path) -> None:
 
 
 def test_file_that_offers_something_else_lists_what_it_has(sample: Path) -> None:
-    with pytest.raises(TraceError, match=r"found functions calibration, .*other, source, expected a function sorce\(\)"):
+    with pytest.raises(
+        TraceError, match=r"found functions calibration, .*other, source, expected a function sorce\(\)"
+    ):
         source.from_file(f"{sample}:sorce")
 
 

@@ -14,7 +14,9 @@ def test_targets_are_found_by_their_names() -> None:
 
 
 def test_unknown_target_suggests_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="unknown target: found 'x86_vnni', expected one of .*did you mean 'x86-vnni'") as error:
+    with pytest.raises(
+        RecipeError, match="unknown target: found 'x86_vnni', expected one of .*did you mean 'x86-vnni'"
+    ) as error:
         target.by_name("x86_vnni", "mine.toml:target")
     assert error.value.where == "mine.toml:target"
     with pytest.raises(RecipeError) as far:

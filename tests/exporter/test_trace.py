@@ -58,6 +58,7 @@ def test_proof_runs_at_other_sizes_of_every_dynamic_axis() -> None:
 
 def test_output_named_as_torch_names_an_inner_tensor_is_exported_well() -> None:
     """torch calls the result of nn.Embedding "embedding", also where an output has that name."""
+
     class Lookup(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -104,8 +105,9 @@ def test_flags_come_back_after_a_failure_too() -> None:
     assert module.training
     error = refused(module, {"x": X})
     assert module.training
-    assert "its forward fails on the example: found ValueError: not today, expected a call with x float32[2, 16]" in str(
-        error
+    assert (
+        "its forward fails on the example: found ValueError: not today, expected a call with x float32[2, 16]"
+        in str(error)
     )
 
 
@@ -154,7 +156,9 @@ def test_exporter_that_silently_fixes_a_size_is_passed_over(monkeypatch: pytest.
 
 def test_graph_that_is_a_thousandth_off_is_passed_over_with_its_snr(monkeypatch: pytest.MonkeyPatch) -> None:
     tracer(monkeypatch, rounded=rounded)
-    with pytest.raises(TraceError, match=r"rounded: the graph differs from torch, 'logits' differs: SNR 60\.0 dB.*x \[2, 16\]"):
+    with pytest.raises(
+        TraceError, match=r"rounded: the graph differs from torch, 'logits' differs: SNR 60\.0 dB.*x \[2, 16\]"
+    ):
         trace.to_onnx(models.source("linear"))
 
 

@@ -28,14 +28,30 @@ def test_good_recipe_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "where", "says"),
     [
-        (GOOD + 'taget = "x"\n', "a.toml", "unknown key 'taget'; expected one of format, name, target.*did you mean 'target'"),
+        (
+            GOOD + 'taget = "x"\n',
+            "a.toml",
+            "unknown key 'taget'; expected one of format, name, target.*did you mean 'target'",
+        ),
         (GOOD + '[calibrate]\nmetod = "minmax"\n', "a.toml:calibrate", "unknown key 'metod'.*did you mean 'method'"),
         (GOOD + "[budget]\nmin_snr = 3.0\n", "a.toml:budget", "unknown key 'min_snr'.*did you mean 'min_snr_db'"),
         (GOOD + "[bugdet]\nmin_snr_db = 3.0\n", "a.toml", "unknown key 'bugdet'.*did you mean 'budget'"),
         (GOOD + RULE + 'wy = "x"\n', "a.toml:rules:0", "unknown key 'wy'.*did you mean 'why'"),
-        (GOOD + '[calibrate]\nmethod = "minmaks"\n', "a.toml:calibrate:method", "bad value: found 'minmaks'.*did you mean 'minmax'"),
-        (GOOD + RULE.replace("float", "flot"), "a.toml:rules:0:precision", "bad value: found 'flot'.*did you mean 'float'"),
-        (GOOD.replace('"portable"', '"portabel"'), "a.toml:target", "unknown target: found 'portabel'.*did you mean 'portable'"),
+        (
+            GOOD + '[calibrate]\nmethod = "minmaks"\n',
+            "a.toml:calibrate:method",
+            "bad value: found 'minmaks'.*did you mean 'minmax'",
+        ),
+        (
+            GOOD + RULE.replace("float", "flot"),
+            "a.toml:rules:0:precision",
+            "bad value: found 'flot'.*did you mean 'float'",
+        ),
+        (
+            GOOD.replace('"portable"', '"portabel"'),
+            "a.toml:target",
+            "unknown target: found 'portabel'.*did you mean 'portable'",
+        ),
         (GOOD.replace("format = 1", "format = 2"), "a.toml:format", "bad value: found 2"),
         (GOOD.replace("format = 1", 'format = "1"'), "a.toml:format", "bad value: found '1'"),
         (GOOD.replace('name = "mine"', "name = 3"), "a.toml:name", "bad value: found 3"),
@@ -69,10 +85,12 @@ def test_budget_that_is_no_number_is_refused(value: str) -> None:
 
 
 def test_recipe_that_is_not_there_suggests_the_nearest_preset(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such recipe: found 'x86-vni', expected a preset .*did you mean 'x86-vnni'"):
+    with pytest.raises(
+        RecipeError, match="no such recipe: found 'x86-vni', expected a preset .*did you mean 'x86-vnni'"
+    ):
         load_recipe("x86-vni")
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path)
-    (tmp_path / "latin.toml").write_bytes(GOOD.encode() + b'# \xe9\n')
+    (tmp_path / "latin.toml").write_bytes(GOOD.encode() + b"# \xe9\n")
     with pytest.raises(RecipeError):
         load_recipe(tmp_path / "latin.toml")

@@ -58,13 +58,18 @@ def test_every_tensor_of_a_network_has_the_range_that_onnxruntimes_own_calibrato
     assert len(names) >= 8
     for name in names:
         low, high = (float(np.squeeze(end)) for end in theirs[name].range_value)
-        assert low_high(ours[name]) == pytest.approx((low, high), rel=1e-5, abs=1e-6), name  # ORT fuses the two graphs apart
+        assert low_high(ours[name]) == pytest.approx((low, high), rel=1e-5, abs=1e-6), (
+            name
+        )  # ORT fuses the two graphs apart
 
 
 def test_order_of_batches_does_not_change_the_ranges() -> None:
     model, names = stages.prepared("transformer").model, stages.plan("transformer").tensors
     batches = list(models.batches("transformer", 2, 4))
-    texts = {observe(model, names, iter(order)).ranges.to_json() for order in (batches, batches[::-1], batches[2:] + batches[:2])}
+    texts = {
+        observe(model, names, iter(order)).ranges.to_json()
+        for order in (batches, batches[::-1], batches[2:] + batches[:2])
+    }
     assert len(texts) == 1
 
 
@@ -94,7 +99,8 @@ def test_nan_and_infinity_inside_the_network_name_batch_17_and_the_tensor(bad: f
 
 def test_mask_constant_does_not_become_a_range() -> None:
     model = graphs.model(
-        "(float[N,4] x, float[N,4] mask) => (float[N,4] y) { k = Sub(one, mask)\n m = Mul(k, lowest)\n [a] s = Add(x, m)\n y = Softmax(s) }",
+        "(float[N,4] x, float[N,4] mask) => (float[N,4] y) { k = Sub(one, mask)\n"
+        " m = Mul(k, lowest)\n [a] s = Add(x, m)\n y = Softmax(s) }",
         {"one": np.float32(1), "lowest": np.float32(models.FLOAT32_LOWEST)},
     )
     x = graphs.noise(0, 2, 4)
@@ -107,7 +113,9 @@ def test_mask_constant_does_not_become_a_range() -> None:
 
 
 def test_transformer_with_a_mask_has_no_range_near_the_mask() -> None:
-    ranges = observe(stages.prepared("transformer").model, stages.plan("transformer").tensors, models.batches("transformer", 3, 3)).ranges
+    ranges = observe(
+        stages.prepared("transformer").model, stages.plan("transformer").tensors, models.batches("transformer", 3, 3)
+    ).ranges
     assert max(max(-found.low, found.high) for found in ranges.tensors.values()) < 100
 
 

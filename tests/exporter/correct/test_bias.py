@@ -121,7 +121,8 @@ def test_matmul_whose_output_is_read_twice_or_added_to_an_activation_has_no_bias
 
 def test_channels_are_asked_for_the_inputs_of_int8_layers_alone() -> None:
     model = graphs.model(
-        "(float[N,3,6,6] x) => (float[N,4] y) { [c] c = Conv(x, w)\n [p] p = GlobalAveragePool(c)\n [f] f = Flatten(p)\n [g] y = Gemm(f, v) }",
+        "(float[N,3,6,6] x) => (float[N,4] y) { [c] c = Conv(x, w)\n"
+        " [p] p = GlobalAveragePool(c)\n [f] f = Flatten(p)\n [g] y = Gemm(f, v) }",
         {"w": graphs.noise(1, 4, 3, 3, 3), "v": graphs.noise(2, 4, 4)},
     )
     batch = {"x": graphs.noise(0, 2, 3, 6, 6)}

@@ -9,7 +9,12 @@ from tests.exporter import graphs
 
 X = {"x": graphs.noise(0, 2, 3, 6, 6)}
 # statistics as training leaves them
-NORM = {"g": graphs.noise(1, 8) + 1, "s": graphs.noise(2, 8), "m": graphs.noise(3, 8), "v": np.abs(graphs.noise(4, 8)) + 0.5}
+NORM = {
+    "g": graphs.noise(1, 8) + 1,
+    "s": graphs.noise(2, 8),
+    "m": graphs.noise(3, 8),
+    "v": np.abs(graphs.noise(4, 8)) + 0.5,
+}
 
 
 def test_batchnorm_behind_conv_is_folded_into_its_weight_and_bias() -> None:
@@ -109,7 +114,8 @@ def test_factor_that_is_computed_is_not_folded() -> None:
 def test_batchnorm_that_stands_alone_becomes_a_depthwise_conv() -> None:
     for shape, spatial in (("8,6", 1), ("8,6,6", 2), ("8,4,4,4", 3)):
         model = graphs.model(
-            f"(float[N,{shape}] x) => (float[N,{shape}] y) {{ r = Relu(x)\n [norm] y = BatchNormalization(r, g, s, m, v) }}", NORM
+            f"(float[N,{shape}] x) => (float[N,{shape}] y) {{ r = Relu(x)\n [norm] y = BatchNormalization(r, g, s, m, v) }}",
+            NORM,
         )
         x = graphs.noise(9, 2, *map(int, shape.split(",")))
         after, matched = graphs.rewritten(model, batchnorm.rewrite, {"x": x})
@@ -120,5 +126,7 @@ def test_batchnorm_that_stands_alone_becomes_a_depthwise_conv() -> None:
 
 
 def test_batchnorm_over_rank_2_is_left_alone() -> None:
-    model = graphs.model("(float[N,8] x) => (float[N,8] y) { r = Relu(x)\n y = BatchNormalization(r, g, s, m, v) }", NORM)
+    model = graphs.model(
+        "(float[N,8] x) => (float[N,8] y) { r = Relu(x)\n y = BatchNormalization(r, g, s, m, v) }", NORM
+    )
     assert graphs.rewritten(model, batchnorm.rewrite, {"x": graphs.noise(9, 3, 8)})[1] == 0

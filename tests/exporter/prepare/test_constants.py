@@ -10,7 +10,9 @@ from tests.exporter import graphs
 X = {"x": graphs.noise(0, 2, 4)}
 
 
-def simplified(text: str, weights: dict[str, np.ndarray] | None = None, batch: dict[str, np.ndarray] | None = None) -> ir.Model:
+def simplified(
+    text: str, weights: dict[str, np.ndarray] | None = None, batch: dict[str, np.ndarray] | None = None
+) -> ir.Model:
     return graphs.rewritten(graphs.model(text, weights), constants.rewrite, batch or X)[0]
 
 
@@ -74,7 +76,8 @@ def test_what_does_nothing_is_gone() -> None:
 
 def test_cast_to_another_type_and_factor_other_than_one_stay() -> None:
     after = simplified(
-        "(float[N,4] x) => (float[N,4] y) { i = Cast<to=7>(x)\n f = Cast<to=1>(i)\n y = Mul(f, k) }", {"k": np.float32(1.01)}
+        "(float[N,4] x) => (float[N,4] y) { i = Cast<to=7>(x)\n f = Cast<to=1>(i)\n y = Mul(f, k) }",
+        {"k": np.float32(1.01)},
     )
     assert graphs.op_types(after) == ["Cast", "Cast", "Mul"]
 
@@ -100,13 +103,17 @@ def test_min_and_max_with_constants_are_a_clip() -> None:
 
 
 def test_what_nothing_reads_is_removed_and_what_is_an_output_stays() -> None:
-    after = simplified("(float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Relu(x)\n z = Identity(y)\n dead = Tanh(x) }")
+    after = simplified(
+        "(float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Relu(x)\n z = Identity(y)\n dead = Tanh(x) }"
+    )
     assert graphs.op_types(after) in (["Relu", "Identity"], ["Relu"])
     assert [value.name for value in after.graph.outputs] == ["y", "z"]
 
 
 def test_initializer_listed_as_input_is_fixed() -> None:
-    proto = graphs.proto("(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": graphs.noise(1, 4, 4)})
+    proto = graphs.proto(
+        "(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": graphs.noise(1, 4, 4)}
+    )
     after, _ = graphs.rewritten(ir.serde.deserialize_model(proto), constants.rewrite, X)
     assert [value.name for value in after.graph.inputs] == ["x"]
 

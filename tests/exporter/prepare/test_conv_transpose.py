@@ -25,7 +25,8 @@ def test_stride_equal_to_kernel_becomes_conv_and_depth_to_space(block: int, bias
 
 def test_macs_stay_what_they_were() -> None:
     model = graphs.model(
-        "(float[N,3,H,W] x) => (float[N,4,P,Q] y) { [up] y = ConvTranspose<strides=[2,2]>(x, w) }", {"w": graphs.noise(1, 3, 4, 2, 2)}
+        "(float[N,3,H,W] x) => (float[N,4,P,Q] y) { [up] y = ConvTranspose<strides=[2,2]>(x, w) }",
+        {"w": graphs.noise(1, 3, 4, 2, 2)},
     )
     after, _ = graphs.rewritten(model, conv_transpose.rewrite, X)
     macs = [sum(graph.macs(node, graph.shapes(each, X)) for node in each.graph) for each in (model, after)]

@@ -61,5 +61,7 @@ def test_near_miss_is_left_alone(body: str) -> None:
 
 
 def test_inner_value_that_is_read_elsewhere_is_kept() -> None:
-    found = fused(f"{ERF['quotient']}\n a = Add(g, one)\n h = Mul(x, half)\n y = Mul(h, a)", "float[N,8] y, float[N,8] g")
+    found = fused(
+        f"{ERF['quotient']}\n a = Add(g, one)\n h = Mul(x, half)\n y = Mul(h, a)", "float[N,8] y, float[N,8] g"
+    )
     assert ("Erf", "") in found

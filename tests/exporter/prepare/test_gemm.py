@@ -10,7 +10,9 @@ W, B = graphs.noise(1, 5, 8), graphs.noise(2, 8)
 
 
 def test_matmul_and_bias_over_rank_2_is_gemm() -> None:
-    model = graphs.model("(float[N,5] x) => (float[N,8] y) { [m] p = MatMul(x, w)\n [a] y = Add(p, b) }", {"w": W, "b": B})
+    model = graphs.model(
+        "(float[N,5] x) => (float[N,8] y) { [m] p = MatMul(x, w)\n [a] y = Add(p, b) }", {"w": W, "b": B}
+    )
     after, matched = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5)})
     assert (matched, graphs.op_types(after)) == (1, ["Gemm"])
     np.testing.assert_array_equal(graph.constant(after.graph[0].inputs[2]), B)
@@ -18,7 +20,8 @@ def test_matmul_and_bias_over_rank_2_is_gemm() -> None:
 
 def test_transposed_weight_goes_into_the_gemm() -> None:
     model = graphs.model(
-        "(float[N,5] x) => (float[N,8] y) { t = Transpose<perm=[1,0]>(w)\n p = MatMul(x, t)\n y = Add(p, b) }", {"w": W.T.copy(), "b": B}
+        "(float[N,5] x) => (float[N,8] y) { t = Transpose<perm=[1,0]>(w)\n p = MatMul(x, t)\n y = Add(p, b) }",
+        {"w": W.T.copy(), "b": B},
     )
     after, _ = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5)})
     assert graphs.op_types(after)[-1] == "Gemm" and "Add" not in graphs.op_types(after)
@@ -39,13 +42,17 @@ def test_product_that_is_read_elsewhere_is_left_alone() -> None:
 
 def test_addend_with_more_rows_than_the_product_is_left_alone() -> None:
     """Gemm's C must broadcast to the product; Add's may broadcast the product."""
-    model = graphs.model("(float[1,5] x) => (float[3,8] y) { p = MatMul(x, w)\n y = Add(p, c) }", {"w": W, "c": graphs.noise(3, 3, 8)})
+    model = graphs.model(
+        "(float[1,5] x) => (float[3,8] y) { p = MatMul(x, w)\n y = Add(p, c) }", {"w": W, "c": graphs.noise(3, 3, 8)}
+    )
     assert graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 1, 5)})[1] == 0
 
 
 def test_residual_that_is_added_to_a_product_is_no_bias() -> None:
     """As one it is computed at run time, and would keep the layer float."""
-    model = graphs.model("(float[N,5] x, float[N,8] r) => (float[N,8] y) { p = MatMul(x, w)\n y = Add(p, r) }", {"w": W})
+    model = graphs.model(
+        "(float[N,5] x, float[N,8] r) => (float[N,8] y) { p = MatMul(x, w)\n y = Add(p, r) }", {"w": W}
+    )
     after, matched = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5), "r": graphs.noise(1, 4, 8)})
     assert (matched, graphs.op_types(after)) == (0, ["MatMul", "Add"])
 

@@ -14,7 +14,9 @@ def test_older_graph_is_raised_and_equal(found: int) -> None:
     """Softmax changed its meaning in 13, Squeeze and Split took axes as input, BatchNormalization lost outputs in 14."""
     squeeze = "y = Squeeze<axes=[2]>(s)" if found < 13 else "y = Squeeze(s, axes)"
     model = graphs.model(
-        f"(float[2,4,1] x) => (float[2,4] y) {{ r = Relu(x)\n s = Softmax<axis=1>(r)\n {squeeze} }}", {"axes": np.array([2])}, found
+        f"(float[2,4,1] x) => (float[2,4] y) {{ r = Relu(x)\n s = Softmax<axis=1>(r)\n {squeeze} }}",
+        {"axes": np.array([2])},
+        found,
     )
     batch = {"x": graphs.noise(0, 2, 4, 1)}
     before = graph.runner(model)(batch)
@@ -33,5 +35,7 @@ def test_graph_that_is_new_enough_is_left_alone(found: int) -> None:
 def test_graph_that_cannot_be_raised_is_refused() -> None:
     model = graphs.model("(float[N,4] x) => (float[N,4] y) { y = Relu(x) }", opset=13)
     model.graph[0].op_type = "NoSuchOperator"
-    with pytest.raises(TraceError, match="opset 13 cannot be raised to 20: found .*; export the model again at opset 20"):
+    with pytest.raises(
+        TraceError, match="opset 13 cannot be raised to 20: found .*; export the model again at opset 20"
+    ):
         opset.rewrite(model)

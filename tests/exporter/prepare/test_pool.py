@@ -10,7 +10,9 @@ from tests.exporter import graphs
 def pooled(shape: str, axes: list[int], keepdims: int = 1, out: str = "N,C,1,1") -> list[str]:
     text = f"(float[{shape}] x) => (float[{out}] y) {{ r = Relu(x)\n [mean] y = ReduceMean<keepdims={keepdims}>(r, axes) }}"
     size = [2, *(int(each) for each in shape.split(",")[1:])]
-    after, matched = graphs.rewritten(graphs.model(text, {"axes": np.array(axes)}), pool.rewrite, {"x": graphs.noise(0, *size)})
+    after, matched = graphs.rewritten(
+        graphs.model(text, {"axes": np.array(axes)}), pool.rewrite, {"x": graphs.noise(0, *size)}
+    )
     assert matched == ("ReduceMean" not in graphs.op_types(after))
     return graphs.op_types(after)[1:]
 

@@ -17,7 +17,8 @@ def test_every_tensor_of_a_traced_network_has_a_type_and_a_rank() -> None:
 
 def test_stale_shape_is_replaced_and_missing_one_is_found() -> None:
     model = graphs.model(
-        "(float[N,3,6,6] x) => (float[N,M] y) { [c] c = Conv(x, w)\n [f] y = Flatten(c) }", {"w": graphs.noise(1, 4, 3, 3, 3)}
+        "(float[N,3,6,6] x) => (float[N,M] y) { [c] c = Conv(x, w)\n [f] y = Flatten(c) }",
+        {"w": graphs.noise(1, 4, 3, 3, 3)},
     )
     conv = graphs.node(model, "c").outputs[0]
     conv.shape = ir.Shape([1, 2, 3])  # as a rewrite may leave it

@@ -47,9 +47,7 @@ def test_weight_in_two_roles_gets_a_copy_per_role() -> None:
 
 
 def test_constant_that_no_layer_reads_stays_shared() -> None:
-    model = graphs.model(
-        "(float[N,4] x) => (float[N,4] y) { a = Mul(x, b)\n c = Sub(a, b)\n y = Add(c, b) }", {"b": B}
-    )
+    model = graphs.model("(float[N,4] x) => (float[N,4] y) { a = Mul(x, b)\n c = Sub(a, b)\n y = Add(c, b) }", {"b": B})
     after, copies = graphs.rewritten(model, unshare.rewrite, {"x": graphs.noise(0, 2, 4)})
     assert copies == 0 and len(after.graph.initializers) == 1
 
