@@ -82,7 +82,8 @@ def run(
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
     if target and recipe:
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
-    asked = load_recipe(recipe or target) if recipe or target else None
+    given = recipe or target
+    asked = load_recipe(given) if given else None
     model, seen, unseen, sample = _read(source, task, calibration, heldout, images)
     chosen = asked or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
     report = _export(model, chosen, seen, unseen, out)
