@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from exporter.qparams import Rounded, dequantize
 from exporter.recipe import Rule
 from exporter.target import X86_VNNI, Target
 from runtime import drift
+from runtime.kernels import trace
 from tests import models
 from tests.exporter import graphs, stages
 
@@ -314,3 +316,34 @@ def test_rule_keeps_a_layer_float_and_the_rest_int8() -> None:
     int8 = quantize.to_int8(model, plan, observe(model, plan.tensors, iter([batch])).ranges)
     assert producer(graphs.node(int8, str(first)).inputs[0]) == ""
     assert len(codes(int8, np.int8)) == 2
+
+
+def test_layer_that_the_plan_keeps_float_between_two_int8_layers_runs_in_a_float_kernel(tmp_path: Path) -> None:
+    """ONNX Runtime's WeightBiasQuantization would round its weight at load, with one scale for all channels."""
+    text = """(float[N,16,8,8] x) => (float[N,16,P,Q] y) {
+        [first] a = Conv(x, w)
+        [kept] b = Conv(a, v)
+        [last] y = Conv(b, w)
+    }"""
+    model = graphs.model(text, {"w": graphs.noise(1, 16, 16, 3, 3), "v": graphs.noise(2, 16, 16, 3, 3)})
+    batch = {"x": graphs.noise(0, 2, 16, 8, 8)}
+    int8, _ = to_int8(model, batch, kept="float")
+    (tmp_path / "int8.onnx").write_bytes(graph.to_bytes(int8))
+    ran = trace(tmp_path / "int8.onnx", batch, entries=X86_VNNI.session).kernels
+    assert [kernel.integer for kernel in ran if kernel.macs] == [True, False, True]
+
+
+def test_product_and_its_bias_stay_an_integer_product_where_every_size_is_fixed(tmp_path: Path) -> None:
+    """ONNX Runtime's MatMulAddFusion would make a Gemm of the two, which runs in float."""
+    text = """(float[1,6,16] x) => (float[1,6,16] y) {
+        [product] p = MatMul(x, w)
+        [bias] s = Add(p, b)
+        [norm] y = LayerNormalization(s, g)
+    }"""
+    model = graphs.model(text, {"w": graphs.noise(1, 16, 16), "b": graphs.noise(2, 16), "g": graphs.noise(3, 16)})
+    batch = {"x": graphs.noise(0, 1, 6, 16)}
+    int8, plan = to_int8(model, batch)
+    (tmp_path / "int8.onnx").write_bytes(graph.to_bytes(int8))
+    assert graphs.precisions(plan)["product"] == "int8"
+    ran = trace(tmp_path / "int8.onnx", batch, entries=X86_VNNI.session).kernels
+    assert [kernel.integer for kernel in ran if kernel.macs] == [True]

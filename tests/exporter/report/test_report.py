@@ -14,6 +14,7 @@ import runtime
 from exporter import Report
 from exporter.correct import Correction
 from exporter.report import FloatLayer, text
+from exporter.target import X86_VNNI
 from runtime import manifest as manifests
 from runtime.drift import Drift, OutputDrift
 from tests.exporter.conftest import Exported
@@ -112,7 +113,7 @@ def test_manifest_says_inputs_outputs_target_session_budget_and_versions(exporte
     assert [(t.name, t.dtype, t.shape) for t in found.inputs] == [("image", "float32", ("batch", 3, 8, 8))]
     assert [(t.name, t.shape) for t in found.outputs] == [("logits", ("batch", 4))]
     assert (found.name, found.target, found.budget.min_snr_db) == ("residual", "x86-vnni", 10.0)
-    assert found.session == {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
+    assert found.session == X86_VNNI.session
     assert found.versions["onnxruntime"] == onnxruntime.__version__
     assert {"onnx", "torch", "numpy"} <= found.versions.keys()
     assert manifests.loads((exported.folder / "manifest.json").read_text(), "m") == found
