@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -98,6 +99,8 @@ def demo(
 ) -> None:
     """Train a small network on real handwritten digits, export it, and prove the bundle. No network needed."""
     recipe = load_recipe(target)
+    if find_spec("sklearn") is None:
+        raise PacklightError("packlight demo: its digits", found="no scikit-learn", do="pip install 'packlight[demo]'")
     here = Path(__file__).parent
     sample = from_file(str(next(p for p in (here / "samples/digits", here.parent / "samples/digits") if p.is_dir())))
     if not as_json:

@@ -54,7 +54,7 @@ def export(context: typer.Context) -> None:
 
 @app.command(context_settings=FORWARD, add_help_option=False)
 def demo(context: typer.Context) -> None:
-    """Export a small model made on the spot and prove the bundle. [dim]Needs packlight\\[export].[/dim]"""
+    """Export a small model made on the spot and prove the bundle. [dim]Needs packlight\\[demo].[/dim]"""
     forward("demo", context.args)
 
 
@@ -133,6 +133,6 @@ def forward(command: str, args: list[str]) -> None:
             raise ImportError(f"no entry point {command} in {COMMANDS}")
         apply = found[0].load()
     except ImportError as error:
-        do = "pip install 'packlight[export]'"
+        do = f"pip install 'packlight[{command}]'"  # the extras are named after the commands
         raise PacklightError(f"packlight {command} is not installed here", found=str(error), do=do) from error
     apply(args, prog_name=f"packlight {command}")

@@ -55,7 +55,7 @@ LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; na
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """One node as it ran: `types` of activation and weight ("u8s8") or of the first input; ms of one run, 1 MAC = 1 multiply-add."""
+    """One node as it ran: `types` of activation and weight ("u8s8") or of the first input; ms and multiply-adds of one run."""
 
     node: str
     kernel: str
