@@ -1,8 +1,8 @@
 """Graph + rules + Target -> Plan: each node int8 or float, and why.
 
-Layers (Conv, Gemm, MatMul) hold the MACs and are int8 wherever an integer kernel exists. Around them placement is the
-cheapest plan under the target's measured costs. It is a minimum cut: every node stands on the int8 or the float side, a
-node pays for its kernel on its side, and a tensor that crosses pays for a QuantizeLinear or a DequantizeLinear, once
+Layers (Conv, Gemm, MatMul) hold the MACs and are int8 wherever an integer kernel exists that is no slower. Around them
+placement is the cheapest plan under the target's measured costs. It is a minimum cut: every node stands on the int8 or the
+float side, a node pays for its kernel on its side, and a tensor that crosses pays for a QuantizeLinear or a DequantizeLinear, once
 however many nodes read it. So an Add between two int8 Conv is int8, and the same Add before a LayerNormalization is not.
 
 Rounding costs accuracy, which has no nanoseconds: an int8 kernel that rounds where float would not pays for one more
@@ -169,6 +169,22 @@ def _layer_refusal(node: ir.Node, weight: object) -> str:
     return ""
 
 
+def _slow(node: ir.Node, target: Target) -> str:
+    """Why the layer's integer kernel takes longer than the float one; empty where it does not. A rule may ask for it.
+
+    A grouped Conv and one of three spatial axes copy their input position by position, a group's channels at a time:
+    few channels make short copies. A depthwise Conv and a plain one over two axes or one have kernels of their own.
+    """
+    weight = graph.constant(node.inputs[1]) if node.op_type == "Conv" else None
+    if weight is None:
+        return ""
+    groups, channels = node.attributes.get_int("group", 1), weight.shape[1]
+    depthwise = channels == 1 and weight.shape[0] == groups > 1
+    if not depthwise and (groups > 1 or weight.ndim > 4) and channels < target.copied_channels:
+        return f"{channels} input channels a group: its integer kernel copies them position by position, and is slower"
+    return ""
+
+
 def _removable_refusal(node: ir.Node) -> str:
     value = node.inputs[0]
     assert value is not None
@@ -215,8 +231,10 @@ def _cut(
         rule = ruled.get(node)
         if refused[node] or (rule is not None and rule.precision == "float"):
             network.add_edge(node, "float")  # without a capacity: never cut
-        elif rule is not None or node.op_type in target.layers:
+        elif rule is not None or (node.op_type in target.layers and not _slow(node, target)):
             network.add_edge("int8", node)
+        elif node.op_type in target.layers:
+            network.add_edge(node, "float")
         else:
             cost = _cost(node, target, shapes)
             network.add_edge("int8", node, capacity=_picoseconds(cost.float_ns))
@@ -264,4 +282,4 @@ def _reason(node: ir.Node, chosen: bool, rule: Rule | None, refused: str, target
         return "integer kernel; weight int8 per channel" if len(graph.activations(node)) == 1 else "integer kernel"
     if chosen:
         return "folds into the layer before it" if node.op_type in REMOVABLE else "its neighbours are int8"
-    return refused or "int8 costs more here than it saves, Q/DQ included"
+    return refused or _slow(node, target) or "int8 costs more here than it saves, Q/DQ included"

@@ -242,3 +242,33 @@ def test_plan_text_has_four_columns() -> None:
     assert lines[4] == "add | Add | int8 | its neighbours are int8"
     assert all(len(line.split(" | ")) == 4 for line in lines)
     assert text.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "precision"),
+    [
+        ((64, 8, 3, 3), 8, "float"),
+        ((64, 16, 3, 3), 4, "int8"),
+        ((64, 1, 3, 3), 64, "int8"),
+        ((64, 64, 1, 1), 1, "int8"),
+    ],
+)
+def test_grouped_conv_of_few_channels_stays_float_where_a_depthwise_one_does_not(
+    weight: tuple[int, ...], groups: int, precision: str
+) -> None:
+    model = graphs.model(
+        f"(float[N,64,8,8] x) => (float[N,64,P,Q] y) {{ [c] y = Conv<group={groups}>(x, w) }}",
+        {"w": graphs.noise(1, *weight)},
+    )
+    batch = {"x": graphs.noise(0, 1, 64, 8, 8)}
+    assert graphs.precisions(decide(model, batch)) == {"c": precision}
+    assert graphs.precisions(decide(model, batch, rule("c", "int8"))) == {"c": "int8"}
+
+
+@pytest.mark.parametrize(("channels", "precision"), [(3, "float"), (16, "int8")])
+def test_conv_over_three_axes_stays_float_when_its_input_has_few_channels(channels: int, precision: str) -> None:
+    text = f"(float[N,{channels},6,6,6] x) => (float[N,32,P,Q,R] y) {{ [c] y = Conv(x, w) }}"
+    model = graphs.model(text, {"w": graphs.noise(1, 32, channels, 3, 3, 3)})
+    plan = decide(model, {"x": graphs.noise(0, 1, channels, 6, 6, 6)})
+    assert graphs.precisions(plan) == {"c": precision}
+    assert precision == "int8" or "position by position" in reasons(plan)["c"]
