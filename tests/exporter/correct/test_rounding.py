@@ -69,7 +69,7 @@ def test_fitted_codes_lose_no_more_than_seven_bits_would(rows: np.ndarray) -> No
     codes, scale = rounding.fit(rows)
     error = ((rows - codes * scale[:, None]) ** 2).sum(axis=1)
     largest = np.abs(rows).max(axis=1)
-    unit = np.where(largest > 0, largest / 63.5, 1).astype(np.float32)  # the last of SCALES: 7 bits
+    unit = np.where(largest > rounding.NOTHING, largest / 63.5, 1).astype(np.float32)  # the last of SCALES: 7 bits
     seven = ((rows - np.rint(rows / unit[:, None]) * unit[:, None]) ** 2).sum(axis=1)
     assert (error <= seven * (1 + 1e-4) + 1e-9).all()
 
