@@ -33,6 +33,8 @@ Precision = Literal["int8", "float"]
 # Layers whose integer kernel writes float as well as codes: their output needs no DequantizeLinear of its own
 FLOAT_OUTPUT = ("MatMul", "Gemm")
 REMOVABLE = ("Relu", "Clip")
+# They read a tensor's shape, which its codes have too: no value crosses to them
+SHAPE_READERS = ("Shape", "Size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +257,7 @@ def _add_crossing(network: nx.DiGraph, value: ir.Value, target: Target, elements
     """The price of a tensor whose producer and readers stand on different sides, paid once."""
     producer = value.producer()
     maker: object = "float" if producer is None else producer
-    readers: list[object] = [*graph.consumers(value)]
+    readers: list[object] = [node for node in graph.consumers(value) if node.op_type not in SHAPE_READERS]
     if value.is_graph_output():
         readers.append("float")
     if producer is not None and producer.op_type in FLOAT_OUTPUT:

@@ -347,3 +347,19 @@ def test_product_and_its_bias_stay_an_integer_product_where_every_size_is_fixed(
     assert graphs.precisions(plan)["product"] == "int8"
     ran = trace(tmp_path / "int8.onnx", batch, entries=X86_VNNI.session).kernels
     assert [kernel.integer for kernel in ran if kernel.macs] == [True]
+
+
+def test_shape_is_read_from_the_codes() -> None:
+    """A DequantizeLinear for Shape alone would turn a whole tensor into real numbers that nothing reads."""
+    text = """(float[N,16,8,8] x) => (float[N,16,P,Q] y) {
+        [first] a = Conv(x, w)
+        [size] s = Shape(a)
+        [reshape] r = Reshape(a, s)
+        [last] y = Conv(r, w)
+    }"""
+    model = graphs.model(text, {"w": graphs.noise(1, 16, 16, 3, 3)})
+    batch = {"x": graphs.noise(0, 2, 16, 8, 8)}
+    int8, plan = to_int8(model, batch)
+    assert graphs.precisions(plan) == {"first": "int8", "size": "float", "reshape": "int8", "last": "int8"}
+    assert producer(graphs.node(int8, "size").inputs[0]) == "QuantizeLinear"
+    assert snr_db(model, int8, batch) > 30
