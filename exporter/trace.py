@@ -59,7 +59,7 @@ def to_onnx(source: Source) -> Traced:
     failures: list[str] = []
     faults: list[str] = []
     with _evaluating(source) as module:
-        reference = _references(source, module)
+        references = _references(source, module)
         for name, export in _EXPORTERS.items():
             try:
                 with quiet():
@@ -70,9 +70,9 @@ def to_onnx(source: Source) -> Traced:
                 if any(isinstance(part, GuardOnDataDependentSymNode) for part in _chain(error)):
                     break  # a branch on a value: TorchScript would keep the example's side of it, without a word
                 continue
-            wrong = _disproof(model, reference)
+            wrong = _disproof(model, references)
             if not wrong:
-                sizes = [_sizes(source, batch) for batch, _ in reference]
+                sizes = [_sizes(source, known.batch) for known in references]
                 return Traced(
                     model=model, exporter=name, sizes=tuple(s for i, s in enumerate(sizes) if s not in sizes[:i])
                 )
@@ -169,15 +169,28 @@ def _evaluating(source: Source) -> Iterator[Any]:
             part.training = training
 
 
-def _references(source: Source, module: Any) -> list[tuple[Batch, dict[str, Array]]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference:
+    """What torch gives for one batch, and how near the graph must come to it."""
+
+    batch: Batch
+    outputs: Mapping[str, Array]
+    least_snr_db: float
+
+
+def _references(source: Source, module: Any) -> list[_Reference]:
     """Torch's outputs on the example, on other values and, for dynamic axes, at other sizes; what torch refuses is left out.
 
     Other values show a branch that a tracer kept one side of, other sizes an axis that it fixed.
     """
-    found = [(source.inputs, _torch_outputs(source, module, source.inputs))]
-    for variant in _variants(source):
+    example = _torch_outputs(source, module, source.inputs)
+    found = [_Reference(batch=source.inputs, outputs=example, least_snr_db=proof.EQUAL_SNR_DB)]
+    tried = [(batch, proof.ALIKE_SNR_DB) for batch in _negated(source)]
+    tried += [(batch, proof.EQUAL_SNR_DB) for batch in _resizings(source)]
+    for batch, least_snr_db in tried:
         with contextlib.suppress(Exception), quiet():  # torch may refuse a size: (h % 32), a maximal length
-            found.append((variant, _torch_outputs(source, module, variant)))
+            outputs = _torch_outputs(source, module, batch)
+            found.append(_Reference(batch=batch, outputs=outputs, least_snr_db=least_snr_db))
     return found
 
 
@@ -222,13 +235,14 @@ def _widened(source: Source) -> Batch:
     }
 
 
-def _variants(source: Source) -> Iterator[Batch]:
-    """The example negated where it is real, then with each label's axes one larger and twice as large.
-
-    At other sizes values repeat, so they stay real.
-    """
+def _negated(source: Source) -> Iterator[Batch]:
+    """The example with its real inputs negated, where it has any."""
     if any(value.dtype.kind == "f" for value in source.inputs.values()):
         yield {name: -value if value.dtype.kind == "f" else value for name, value in source.inputs.items()}
+
+
+def _resizings(source: Source) -> Iterator[Batch]:
+    """The example with each label's axes one larger and twice as large; values repeat, so they stay real."""
     for label, size in _sizes(source, source.inputs).items():
         for other in dict.fromkeys((size + 1, size * 2)):
             yield {
@@ -249,14 +263,14 @@ def _sizes(source: Source, batch: Batch) -> dict[str, int]:
     return {label: batch[name].shape[axis] for name, axes in source.dynamic.items() for axis, label in axes.items()}
 
 
-def _disproof(model: ir.Model, reference: Sequence[tuple[Batch, Mapping[str, Array]]]) -> str:
-    """Why the graph is not torch's, at the first size where it is not; empty when it is at all of them."""
+def _disproof(model: ir.Model, references: Sequence[_Reference]) -> str:
+    """Why the graph is not torch's, on the first batch where it is not; empty when it is on all of them."""
     try:
         runner = graph.runner(model)
-        for batch, expected in reference:
-            wrong = proof.difference(expected, runner(batch))
+        for known in references:
+            wrong = proof.difference(known.outputs, runner(known.batch), known.least_snr_db)
             if wrong:
-                return f"{wrong} at {', '.join(f'{k} {list(v.shape)}' for k, v in batch.items())}"
+                return f"{wrong} at {', '.join(f'{k} {list(v.shape)}' for k, v in known.batch.items())}"
     except graph.RunError as error:
         return f"ONNX Runtime refuses it: {error}"
     return ""
