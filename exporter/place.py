@@ -33,6 +33,9 @@ Precision = Literal["int8", "float"]
 # Layers whose integer kernel writes float as well as codes: their output needs no DequantizeLinear of its own
 FLOAT_OUTPUT = ("MatMul", "Gemm")
 REMOVABLE = ("Relu", "Clip")
+# Layers that take the Relu or Clip behind them along: a Conv writes codes in any case, and ONNX Runtime fuses a float
+# Relu into a Gemm before it looks for an integer kernel, and then finds none
+FOLDING = ("Conv", "Gemm")
 # They read a tensor's shape, which its codes have too: no value crosses to them
 SHAPE_READERS = ("Shape", "Size")
 
@@ -244,12 +247,22 @@ def _cut(
         if node.op_type in REMOVABLE and not refused[node]:
             producer = node.inputs[0].producer() if node.inputs[0] is not None else None
             network.add_edge(node, producer)  # it folds into an int8 layer or not at all
+            if rule is None and producer is not None and producer.op_type in FOLDING:
+                network.add_edge(producer, node)
     values = [value for node in nodes for value in node.outputs]
     values += dict.fromkeys(v for n in nodes for v in graph.activations(n) if v.producer() is None)
     for value in values:
         if value.dtype == ir.DataType.FLOAT:
             _add_crossing(network, value, target, _elements(value, shapes))
-    side, _ = nx.minimum_cut(network, "int8", "float")[1]
+    try:
+        side, _ = nx.minimum_cut(network, "int8", "float")[1]
+    except nx.NetworkXUnbounded as error:
+        raise RecipeError(
+            "rules contradict each other",
+            found="a Relu or Clip asked to be int8 behind a layer asked to be float",
+            expected="both int8 or both float: the one folds into the other",
+            where="rules",
+        ) from error
     return {node for node in nodes if network.has_node(node) and node in side}
 
 

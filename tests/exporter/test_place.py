@@ -272,3 +272,20 @@ def test_conv_over_three_axes_stays_float_when_its_input_has_few_channels(channe
     plan = decide(model, {"x": graphs.noise(0, 1, channels, 6, 6, 6)})
     assert graphs.precisions(plan) == {"c": precision}
     assert precision == "int8" or "position by position" in reasons(plan)["c"]
+
+
+def test_relu_behind_an_int8_gemm_folds_even_where_its_reader_is_float() -> None:
+    model = graphs.model(
+        "(float[N,4] x) => (float[N,4] y) { [a] h = Gemm(x, w)\n [r] z = Relu(h)\n [b] y = Gemm(z, v) }",
+        {"w": graphs.noise(1, 4, 4), "v": graphs.noise(2, 4, 4)},
+    )
+    plan, _ = graphs.planned(model, {"x": graphs.noise(0, 3, 4)}, b="float")
+    assert plan.int8 == ("a", "r")
+
+
+def test_rules_that_contradict_each_other_are_refused() -> None:
+    model = graphs.model(
+        "(float[N,4] x) => (float[N,4] y) { [a] h = Gemm(x, w)\n [r] y = Relu(h) }", {"w": graphs.noise(1, 4, 4)}
+    )
+    with pytest.raises(RecipeError, match="rules contradict each other"):
+        graphs.planned(model, {"x": graphs.noise(0, 3, 4)}, a="float", r="int8")
