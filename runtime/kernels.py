@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ SHORT = {"float": "f32", "double": "f64", "float16": "f16", "bfloat16": "bf16", 
 }
 CONTAINERS = frozenset({"Loop", "Scan", "If"})  # their time is their bodies', whose nodes are listed too
 NCHWC, EVENT = "_nchwc", "_kernel_time"
+# The NHWC pass renames each node it moves, with a number that depends on what other passes did before it
+MOVED = re.compile(r"_token_\d+$")
 LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
 
 
@@ -172,7 +175,7 @@ def _events(profile: list[dict[str, Any]]) -> Iterator[_Event]:
         if each.get("cat") == "Node" and each["name"].endswith(EVENT):
             args = each["args"]
             yield _Event(
-                name=each["name"].removesuffix(EVENT),
+                name=MOVED.sub("", each["name"].removesuffix(EVENT)),
                 number=args.get("node_index", ""),
                 kernel=args["op_name"],
                 us=float(each["dur"]),

@@ -3,7 +3,7 @@
 1. BatchNormalization ∘ Conv, ConvTranspose, Gemm   becomes   that layer with W' = W γ/√(σ²+ε), b' = (b - μ) γ/√(σ²+ε) + β.
 2. Mul(c) ∘ Conv and Add(c) ∘ Conv with c a constant per output channel   become   Conv with W' = c W, b' = c b or b + c.
 3. BatchNormalization that stands alone over [N, C, spatial...]   becomes   a depthwise 1x1 Conv: the same sum with an
-   integer kernel, where BatchNormalization has none.
+   integer kernel, where BatchNormalization has none. One that reads a graph input stays: it would only round it once more.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:
     scale, shift, mean, variance = (graph.constant(value) for value in node.inputs[1:5])
     if (
         x is None
+        or x.producer() is None
         or x.shape is None
         or len(x.shape) not in (3, 4, 5)
         or bool(node.attributes.get_int("training_mode", 0))

@@ -33,7 +33,10 @@ def render(report: Report) -> str:
     lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}")
     if report.timing is not None and report.timing.ratio is not None:
         threads = f"{report.timing.threads} thread{'s' if report.timing.threads != 1 else ''}"
-        lines += _row("speed", f"int8 is {report.timing.ratio:.2f}x as fast as FP32 here ({threads}, medians in turn)")
+        slower = ": SLOWER" if report.timing.ratio < 1 else ""
+        lines += _row(
+            "speed", f"int8 is {report.timing.ratio:.2f}x as fast as FP32 here{slower} ({threads}, medians in turn)"
+        )
     lines += _row("budget", "; ".join(map(str, report.lines)) or "none asked for")
     lines += _row(
         "verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met)

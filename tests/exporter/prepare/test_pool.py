@@ -56,3 +56,39 @@ def test_two_means_are_both_rewritten_and_each_keeps_its_name() -> None:
     after, matched = graphs.rewritten(model, pool.rewrite, {"x": graphs.noise(0, 2, 4, 3, 3)})
     assert matched == 2
     assert [graphs.node(after, name).op_type for name in "ab"] == ["GlobalAveragePool"] * 2
+
+
+def averaged(attributes: str, before: str = "r = Relu(x)", reader: str = "Relu") -> list[str]:
+    text = f"(float[N,6,7,8] x) => (float[N,6,P,Q] y) {{ {before}\n [p] a = AveragePool<{attributes}>(r)\n y = {reader}(a) }}"
+    after, matched = graphs.rewritten(graphs.model(text), pool.rewrite, {"x": graphs.noise(0, 2, 6, 7, 8)})
+    assert matched == ("AveragePool" not in graphs.op_types(after))
+    return graphs.op_types(after)[1:-1]
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "kernel_shape=[2,2], strides=[2,2]",
+        "kernel_shape=[3,2]",
+        "kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1",
+    ],
+)
+def test_average_pool_of_whole_windows_is_a_depthwise_conv(attributes: str) -> None:
+    assert averaged(attributes) == ["Conv"]
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "kernel_shape=[3,3], pads=[1,1,1,1]",  # a border window divides by what it covers
+        "kernel_shape=[2,2], strides=[2,2], ceil_mode=1",
+        'kernel_shape=[2,2], auto_pad="SAME_UPPER"',
+        "kernel_shape=[2,2], dilations=[2,2]",
+    ],
+)
+def test_average_pool_of_uneven_windows_stays(attributes: str) -> None:
+    assert averaged(attributes) == ["AveragePool"]
+
+
+def test_average_pool_among_float_nodes_stays() -> None:
+    assert averaged("kernel_shape=[2,2]", before="r = Tanh(x)", reader="Exp") == ["AveragePool"]
