@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter import graph
+from exporter.batches import Array
 from exporter.errors import RecipeError
 from exporter.graph import Shape
 from exporter.recipe import Rule
@@ -120,7 +121,8 @@ def decide(model: ir.Model, target: Target, rules: Sequence[Rule], shapes: Mappi
 def _match(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Rule]:
     matched: dict[ir.Node, Rule] = {}
     for number, rule in enumerate(rules):
-        found = [n for n in nodes if fnmatchcase(n.name or "", rule.match) or fnmatchcase(n.op_type, rule.match)]
+        pattern = rule.match.replace("[", "[[]")  # names have brackets in them; only * and ? mean something
+        found = [n for n in nodes if fnmatchcase(n.name or "", pattern) or fnmatchcase(n.op_type, pattern)]
         if not found:
             raise RecipeError(
                 f"rule {rule.match!r} matches no node",
@@ -141,7 +143,10 @@ def _refusal(node: ir.Node, target: Target) -> str:
         return NO_KERNEL.get(op, f"no integer kernel for {op}")
     first = node.inputs[0]
     if first is None or first.dtype != ir.DataType.FLOAT:
-        return f"computes on {first.dtype.name.lower() if first is not None and first.dtype else 'no'} tensors"
+        known = first is not None and first.dtype is not None
+        return f"computes on {first.dtype.name.lower()} tensors" if known else "the type of its input is unknown"  # type: ignore[union-attr]
+    if op not in FLOAT_OUTPUT and any(r.graph is not node.graph for out in node.outputs for r in graph.consumers(out)):
+        return "a branch or loop body reads its output, in float"
     if not graph.activations(node):
         return "all its inputs are constant"
     weight = graph.constant(node.inputs[1]) if len(node.inputs) > 1 else None
@@ -161,16 +166,22 @@ def _refusal(node: ir.Node, target: Target) -> str:
     return ""
 
 
-def _layer_refusal(node: ir.Node, weight: object) -> str:
+def _layer_refusal(node: ir.Node, weight: Array | None) -> str:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if weight is None:
         return "its weight is computed at run time"
     if bias is not None and graph.constant(bias) is None:
         return "its bias is computed at run time"
-    if node.op_type == "Gemm" and (
-        node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_int("transA", 0) == 1
-    ):
-        return "the integer kernel takes alpha = 1 and A as it is"
+    if node.op_type != "Gemm":
+        return ""
+    scaled = node.attributes.get_float("alpha", 1.0) != 1 or (
+        bias is not None and node.attributes.get_float("beta", 1.0) != 1
+    )
+    if scaled or node.attributes.get_int("transA", 0) == 1:
+        return "the integer kernel takes alpha = beta = 1 and A as it is"
+    columns = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
+    if bias is not None and graph.constant(bias).shape not in ((columns,), (1, columns)):  # type: ignore[union-attr]
+        return "its bias is not one number per column"
     return ""
 
 
@@ -270,8 +281,9 @@ def _add_crossing(network: nx.DiGraph, value: ir.Value, target: Target, elements
     """The price of a tensor whose producer and readers stand on different sides, paid once."""
     producer = value.producer()
     maker: object = "float" if producer is None else producer
-    readers: list[object] = [node for node in graph.consumers(value) if node.op_type not in SHAPE_READERS]
-    if value.is_graph_output():
+    consumers = [node for node in graph.consumers(value) if node.op_type not in SHAPE_READERS]
+    readers: list[object] = [node for node in consumers if node in network]
+    if value.is_graph_output() or len(readers) < len(consumers):  # a branch or loop body reads in float
         readers.append("float")
     if producer is not None and producer.op_type in FLOAT_OUTPUT:
         maker = "float"

@@ -23,6 +23,7 @@ from exporter.batches import Array
 from exporter.calibrate import Ranges
 from exporter.errors import QuantizeError
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, SHAPE_READERS, Plan
+from exporter.prepare import edit
 from exporter.qparams import Rounded, dequantize
 from exporter.quiet import quiet
 
@@ -51,7 +52,7 @@ def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, R
         raise QuantizeError(
             "nothing to quantize", found=f"layers {layers}, all float: {_first_reason(plan)}", expected="an int8 node"
         )
-    quantized = _rewrite(model, plan, ranges, rounded)
+    quantized = _rewrite(_own_weights(model, plan), plan, ranges, rounded)
     _read_real_values(quantized, model, plan)
     _check_plan(quantized, model, plan)
     _check_numbers(quantized, model)
@@ -79,6 +80,24 @@ def _tensor(dequantize: ir.Node) -> str:
 
 def _first_reason(plan: Plan) -> str:
     return plan.float_layers[0].reason if plan.float_layers else "no layers"
+
+
+def _own_weights(model: ir.Model, plan: Plan) -> ir.Model:
+    """A clone in which an initializer that int8 and float nodes share is a float one of its own to the latter.
+
+    ONNX Runtime's quantizer rounds it for all its readers.
+    """
+    int8 = set(plan.int8)
+    clone = model.clone()
+    for value in list(clone.graph.initializers.values()):
+        array = graph.constant(value)
+        others = [(usage.node, usage.idx) for usage in value.uses() if usage.node.name not in int8]
+        if array is None or array.dtype != np.float32 or len(others) in (0, len(value.uses())):
+            continue
+        copy = edit.initializer(clone, f"{value.name}_float", array)
+        for node, index in others:
+            node.replace_input_with(index, copy)
+    return clone
 
 
 def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, Rounded]) -> ir.Model:
@@ -180,6 +199,7 @@ def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
     1. Every node of the prepared graph is there; a Relu or Clip that is int8 may have folded into the QuantizeLinear.
     2. Each real tensor that an int8 node reads comes from a DequantizeLinear.
     3. Each real tensor that it makes goes to a QuantizeLinear alone; MatMul and Gemm may make real numbers.
+    4. A float node reads no rounded weight.
     """
     prepared = {node.name: node for node in model.graph}
     found = {node.name: node for node in quantized.graph if node.op_type not in OWN}
@@ -188,7 +208,11 @@ def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
         removable = decision.precision == "int8" and decision.op_type in REMOVABLE
         if node is None and not removable:
             raise _astray(before, "it is gone from the int8 graph")
-        if node is None or removable or decision.precision == "float":
+        if node is None or removable:
+            continue
+        if decision.precision == "float":
+            if any(_is_rounded_weight(value) for value in node.inputs):
+                raise _astray(before, "it is planned float and reads a rounded weight")
             continue
         for was, now in zip(before.inputs, node.inputs, strict=True):
             if _is_data(before, was) and (now is None or _producer_type(now) != DEQUANTIZE):
@@ -215,6 +239,11 @@ def _is_data(node: ir.Node, value: ir.Value | None) -> bool:
     """Whether an input holds real data: not Clip's bounds, Resize's roi and scales, Pad's value, which are settings."""
     setting = node.op_type in ("Clip", "Resize", "Pad") and value is not node.inputs[0]
     return value is not None and value.dtype == ir.DataType.FLOAT and not setting
+
+
+def _is_rounded_weight(value: ir.Value | None) -> bool:
+    reader = value.producer() if value is not None else None
+    return reader is not None and reader.op_type == DEQUANTIZE and graph.constant(reader.inputs[0]) is not None
 
 
 def _producer_type(value: ir.Value) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -16,19 +15,18 @@ from exporter.errors import CalibrationError
 
 # An attention mask adds -3.4e38 (float32's lowest) or half of it; no activation of a working network is near
 SATURATING = 1e30
-NO_CHANNELS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What calibration saw: ranges, and {tensor: float64 [channels]} means where they were asked for."""
+    """What calibration saw: ranges, and {(tensor, channel_axis): float64 [channels]} means that were asked for."""
 
     ranges: Ranges
-    means: Mapping[str, Array]
+    means: Mapping[tuple[str, int], Array]
 
 
 def observe(
-    model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch], channels: Mapping[str, int] = NO_CHANNELS
+    model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch], channels: Sequence[tuple[str, int]] = ()
 ) -> Observed:
     """Run the FP32 graph on every batch and take the range of each named tensor.
 
@@ -40,7 +38,7 @@ def observe(
         model: the prepared graph.
         tensors: names of float32 tensors of the graph, inputs included.
         batches: checked batches (`exporter.batches.read`); read once.
-        channels: {tensor: channel_axis} of those among `tensors` whose mean per channel is wanted too.
+        channels: (tensor, channel_axis) of those among `tensors` whose mean per channel is wanted too.
 
     Raises:
         CalibrationError: NaN or infinity (names batch and tensor), a batch the graph refuses, no batches, a tensor
@@ -49,8 +47,8 @@ def observe(
     inner = [name for name in tensors if name not in {value.name for value in model.graph.inputs}]
     run = graph.runner(graph.with_outputs(model, inner)) if inner else None
     seen: dict[str, Range] = {}
-    sums: dict[str, Array] = {}
-    counts: dict[str, int] = dict.fromkeys(channels, 0)
+    sums: dict[tuple[str, int], Array] = {}
+    counts = dict.fromkeys(channels, 0)
     count = 0
     for count, batch in enumerate(batches, start=1):
         values = dict(batch)
@@ -68,11 +66,12 @@ def observe(
             found = _range(values[name], name, count - 1)
             if found is not None:
                 seen[name] = merge(seen[name], found) if name in seen else found
-        for name, axis in channels.items():
+        for key in channels:
+            name, axis = key
             rest = np.moveaxis(values[name], axis, -1)
             total = rest.reshape(-1, rest.shape[-1]).sum(axis=0, dtype=np.float64)
-            sums[name] = sums[name] + total if name in sums else total
-            counts[name] += rest.size // max(1, rest.shape[-1])
+            sums[key] = sums[key] + total if key in sums else total
+            counts[key] += rest.size // max(1, rest.shape[-1])
     if not count:
         raise CalibrationError("calibration: no batches", found="an empty iterable", expected="at least one batch")
     for name in tensors:
@@ -84,7 +83,7 @@ def observe(
                 do="give batches that reach this part of the model, or a rule that keeps its node float",
                 tensor=name,
             )
-    means = {name: total / counts[name] for name, total in sums.items()}
+    means = {key: total / counts[key] for key, total in sums.items()}
     return Observed(ranges=Ranges(tensors=seen, batches=count, method="minmax"), means=means)
 
 

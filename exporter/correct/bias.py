@@ -24,18 +24,20 @@ from exporter.prepare import edit
 from exporter.qparams import Rounded, dequantize
 
 
-def channels(model: ir.Model, plan: Plan) -> dict[str, int]:
-    """{tensor: channel_axis} of the layer inputs whose channel means the correction needs."""
-    return {x.name or "": _channel_axis(node) for node, x, _ in _layers(model, plan)}
+def channels(model: ir.Model, plan: Plan) -> tuple[tuple[str, int], ...]:
+    """(tensor, channel_axis) of the layer inputs whose channel means the correction needs."""
+    return tuple(dict.fromkeys(_channels(node, x) for node, x, _ in _layers(model, plan)))
 
 
-def correct(model: ir.Model, plan: Plan, means: Mapping[str, Array], weights: Mapping[str, Rounded]) -> ir.Model:
+def correct(
+    model: ir.Model, plan: Plan, means: Mapping[tuple[str, int], Array], weights: Mapping[str, Rounded]
+) -> ir.Model:
     """A clone of the model with corrected biases.
 
     Args:
         model: the prepared graph.
         plan: which nodes are int8.
-        means: {layer input: float64 [channels]}, E[x] over the calibration batches.
+        means: {(layer input, channel_axis): float64 [channels]}, E[x] over the calibration batches.
         weights: {weight initializer: its codes}, Ŵ (`quantize.weights`).
     """
     corrected = model.clone()
@@ -43,9 +45,9 @@ def correct(model: ir.Model, plan: Plan, means: Mapping[str, Array], weights: Ma
         exact, rounded = graph.constant(weight), weights.get(weight.name or "")
         if exact is None or rounded is None:
             continue
-        shift = _mean_error(node, dequantize(rounded).astype(np.float64) - exact, means[x.name or ""])
+        shift = _mean_error(node, dequantize(rounded).astype(np.float64) - exact, means[_channels(node, x)])
         bias = _bias(node)
-        if bias is None and node.op_type != "MatMul":
+        if node.op_type != "MatMul" and (len(node.inputs) < 3 or node.inputs[2] is None):
             _set_input(node, 2, edit.initializer(corrected, f"{node.name}_bias", -shift.astype(np.float32)))
         elif bias is not None:
             reader, index, value = bias
@@ -68,8 +70,8 @@ def _layers(model: ir.Model, plan: Plan) -> Sequence[tuple[ir.Node, ir.Value, ir
     ]
 
 
-def _channel_axis(node: ir.Node) -> int:
-    return 1 if node.op_type == "Conv" else -1
+def _channels(node: ir.Node, x: ir.Value) -> tuple[str, int]:
+    return x.name or "", 1 if node.op_type == "Conv" else -1
 
 
 def _mean_error(node: ir.Node, error: Array, mean: Array) -> Array:
@@ -87,8 +89,7 @@ def _bias(node: ir.Node) -> tuple[ir.Node, int, Array] | None:
     """Where the layer's bias is read: (node, input index, value); for MatMul the one Add of a constant behind it."""
     if node.op_type != "MatMul":
         value = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        beta = node.attributes.get_float("beta", 1.0)
-        return (node, 2, value) if value is not None and beta == 1 else None
+        return (node, 2, value) if value is not None else None
     readers = list(node.outputs[0].uses())
     add = readers[0].node if len(readers) == 1 else None
     if add is None or add.op_type != "Add" or node.outputs[0].is_graph_output():
@@ -96,7 +97,8 @@ def _bias(node: ir.Node) -> tuple[ir.Node, int, Array] | None:
     index = 1 - readers[0].idx
     value = graph.constant(add.inputs[index])
     weight = graph.constant(node.inputs[1])
-    fits = value is not None and weight is not None and value.size == weight.shape[-1] == value.shape[-1]
+    columns = weight.shape[-1] if weight is not None else 0
+    fits = value is not None and value.ndim > 0 and value.size == value.shape[-1] == columns
     return (add, index, value) if fits and value is not None else None
 
 

@@ -42,7 +42,7 @@ def improve(
     model: ir.Model,
     plan: Plan,
     ranges: Ranges,
-    means: Mapping[str, Array],
+    means: Mapping[tuple[str, int], Array],
     target: Target,
     batches: Sequence[Batch],
 ) -> Corrected:

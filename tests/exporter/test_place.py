@@ -128,8 +128,8 @@ REFUSED = [
     ("[n] y = Tanh(x)", "no integer kernel for Tanh"),
     ("[n] y = Relu(x)", "no integer kernel for Relu, and no layer before it to fold into"),
     ("[n] y = MatMul(k, x)", "its first factor is the constant one: the integer kernel packs the second"),
-    ("[n] y = Gemm<alpha=0.5>(x, k)", "the integer kernel takes alpha = 1 and A as it is"),
-    ("[n] y = Gemm<transA=1>(x, k)", "the integer kernel takes alpha = 1 and A as it is"),
+    ("[n] y = Gemm<alpha=0.5>(x, k)", "the integer kernel takes alpha = beta = 1 and A as it is"),
+    ("[n] y = Gemm<transA=1>(x, k)", "the integer kernel takes alpha = beta = 1 and A as it is"),
     ("[n] y = Gemm(x, z)", "its weight is computed at run time"),
     ("[n] y = Gemm(x, k, z)", "its bias is computed at run time"),
     ("[c] i = Cast<to=7>(x)\n [n] j = Add(i, i)\n [d] y = Cast<to=1>(j)", "computes on int64 tensors"),
@@ -289,3 +289,46 @@ def test_rules_that_contradict_each_other_are_refused() -> None:
     )
     with pytest.raises(RecipeError, match="rules contradict each other"):
         graphs.planned(model, {"x": graphs.noise(0, 3, 4)}, a="float", r="int8")
+
+
+def test_brackets_in_a_rule_are_brackets() -> None:
+    model = graphs.model("(float[N,4] x) => (float[N,4] y) { [n] y = Gemm(x, w) }", {"w": graphs.noise(1, 4, 4)})
+    graphs.node(model, "n").name = "blocks[0]/gemm"
+    plan, _ = graphs.planned(model, {"x": graphs.noise(0, 3, 4)}, **{"blocks[0]/*": "float"})
+    assert plan.int8 == ()
+
+
+def test_conv_that_a_branch_reads_stays_float_and_the_graph_still_quantizes() -> None:
+    model = graphs.model(
+        """(float[N,3,6,6] x, bool c) => (float[N,4,6,6] y) {
+            [a] h = Conv(x, w)
+            [b] g = Conv(h, v)
+            y = If (c) <then_branch = t () => (float[N,4,6,6] p) { p = Add(h, g) },
+                        else_branch = e () => (float[N,4,6,6] q) { q = Neg(g) }>
+        }""",
+        {"w": graphs.noise(1, 4, 3, 1, 1), "v": graphs.noise(2, 4, 4, 1, 1)},
+    )
+    plan, ranges = graphs.planned(model, {"x": graphs.noise(0, 2, 3, 6, 6), "c": np.array(True)})
+    assert plan.int8 == ()
+    assert {d.reason for d in plan.decisions if d.op_type == "Conv"} == {
+        "a branch or loop body reads its output, in float"
+    }
+
+
+@pytest.mark.parametrize(
+    ("attributes", "bias", "reason"),
+    [
+        ("<beta=0.5>", (4,), "the integer kernel takes alpha = beta = 1 and A as it is"),
+        ("", (1,), "its bias is not one number per column"),
+        ("", (3, 1), "its bias is not one number per column"),
+    ],
+)
+def test_gemm_whose_bias_no_integer_kernel_adds_stays_float(
+    attributes: str, bias: tuple[int, ...], reason: str
+) -> None:
+    model = graphs.model(
+        f"(float[3,4] x) => (float[3,4] y) {{ [n] y = Gemm{attributes}(x, w, c) }}",
+        {"w": graphs.noise(1, 4, 4), "c": graphs.noise(2, *bias)},
+    )
+    plan, _ = graphs.planned(model, {"x": graphs.noise(0, 3, 4)})
+    assert [(d.precision, d.reason) for d in plan.decisions] == [("float", reason)]

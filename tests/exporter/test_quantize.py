@@ -363,3 +363,13 @@ def test_shape_is_read_from_the_codes() -> None:
     assert graphs.precisions(plan) == {"first": "int8", "size": "float", "reshape": "int8", "last": "int8"}
     assert producer(graphs.node(int8, "size").inputs[0]) == "QuantizeLinear"
     assert snr_db(model, int8, batch) > 30
+
+
+def test_weight_that_an_int8_and_a_float_layer_share_is_rounded_for_the_one_alone() -> None:
+    model = graphs.model(
+        "(float[N,4,6,6] x) => (float[N,4,6,6] y) { [a] h = Conv(x, w)\n [b] y = Conv(h, w) }",
+        {"w": graphs.noise(1, 4, 4, 1, 1)},
+    )
+    int8, _ = to_int8(model, {"x": graphs.noise(0, 2, 4, 6, 6)}, b="float")
+    np.testing.assert_array_equal(graph.constant(graphs.node(int8, "b").inputs[1]), graphs.noise(1, 4, 4, 1, 1))
+    assert graphs.node(int8, "a").inputs[1].producer().op_type == "DequantizeLinear"

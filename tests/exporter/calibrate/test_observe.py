@@ -144,10 +144,10 @@ def test_batch_that_the_graph_refuses_is_named() -> None:
 
 def test_means_per_channel_are_numpys_over_everything() -> None:
     batches: Arrays = [{"x": graphs.noise(n, size, 3)} for n, size in enumerate((2, 5, 0, 1))]
-    observed = observe(NEG, ("x", "y"), iter(batches), {"y": 1})
+    observed = observe(NEG, ("x", "y"), iter(batches), (("y", 1),))
     expected = -np.concatenate([batch["x"] for batch in batches]).mean(0, dtype=np.float64)
-    np.testing.assert_allclose(observed.means["y"], expected, rtol=1e-12)
-    assert [*observed.means] == ["y"]
+    np.testing.assert_allclose(observed.means["y", 1], expected, rtol=1e-12)
+    assert [*observed.means] == [("y", 1)]
 
 
 ranges = st.builds(

@@ -94,7 +94,7 @@ def test_shift_is_the_formula_by_hand() -> None:
     )
     plan, _ = graphs.planned(model, {"x": np.ones((1, 2), np.float32)})
     rounded = {"w": Rounded(codes=np.array([[2], [-1]], np.int8), scale=np.array([0.5], np.float32), channel_axis=1)}
-    found = bias.correct(model, plan, {"x": np.array([2.0, 3.0])}, rounded)
+    found = bias.correct(model, plan, {("x", -1): np.array([2.0, 3.0])}, rounded)
     expected = 10 - ((1 - 1.1) * 2 + (-0.5 + 0.6) * 3)
     np.testing.assert_allclose(graph.constant(graphs.node(found, "l").inputs[2]), [expected], rtol=1e-6)
 
@@ -126,8 +126,8 @@ def test_channels_are_asked_for_the_inputs_of_int8_layers_alone() -> None:
         {"w": graphs.noise(1, 4, 3, 3, 3), "v": graphs.noise(2, 4, 4)},
     )
     batch = {"x": graphs.noise(0, 2, 3, 6, 6)}
-    assert bias.channels(model, graphs.planned(model, batch)[0]) == {"x": 1, "f": -1}
-    assert bias.channels(model, graphs.planned(model, batch, g="float")[0]) == {"x": 1}
+    assert bias.channels(model, graphs.planned(model, batch)[0]) == (("x", 1), ("f", -1))
+    assert bias.channels(model, graphs.planned(model, batch, g="float")[0]) == (("x", 1),)
 
 
 def test_bias_correction_leaves_the_int8_graph_on_its_plan() -> None:
@@ -136,3 +136,25 @@ def test_bias_correction_leaves_the_int8_graph_on_its_plan() -> None:
     plan, ranges = graphs.planned(model, batch)
     better, _ = corrected(model, batch, quantize.weights(quantize.to_int8(model, plan, ranges)))
     assert graphs.op_types(quantize.to_int8(better, plan, ranges)).count("Conv") == 1
+
+
+def test_one_tensor_read_along_two_axes_has_a_mean_along_each() -> None:
+    model = graphs.model(
+        "(float[N,3,4,6] x) => (float[N,5,4,6] y, float[N,3,4,2] z) { [c] y = Conv(x, w)\n [m] p = MatMul(x, v)\n z = Add(p, b) }",
+        {"w": graphs.noise(1, 5, 3, 1, 1), "v": graphs.noise(2, 6, 2), "b": graphs.noise(3, 2)},
+    )
+    batch = {"x": 2 + graphs.noise(0, 2, 3, 4, 6)}
+    plan, _ = graphs.planned(model, batch)
+    assert bias.channels(model, plan) == (("x", 1), ("x", -1))
+    means = observe(model, plan.tensors, iter([batch]), bias.channels(model, plan)).means
+    np.testing.assert_allclose(means["x", 1], batch["x"].mean((0, 2, 3), dtype=np.float64))
+    np.testing.assert_allclose(means["x", -1], batch["x"].mean((0, 1, 2), dtype=np.float64))
+
+
+def test_scalar_added_to_a_matmul_is_no_bias_of_its_columns() -> None:
+    model = graphs.model(
+        "(float[N,5,6] x) => (float[N,5,1] y) { [l] p = MatMul(x, w)\n y = Add(p, b) }",
+        {"w": graphs.noise(1, 6, 1), "b": np.float32(2).reshape(())},
+    )
+    found, _ = corrected(model, data((4, 5, 6), 2), coarse(model))
+    assert graph.to_bytes(found) == graph.to_bytes(model)

@@ -38,7 +38,7 @@ def test_correction_that_does_not_help_is_not_kept() -> None:
     model = gemm()
     batches: Batches = [{"x": graphs.noise(n, 256, 64)} for n in range(2)]
     plan, ranges = graphs.planned(model, *batches)
-    wrong = {"x": np.full(64, 50.0)}
+    wrong = {("x", -1): np.full(64, 50.0)}
     found = correct.improve(model, plan, ranges, wrong, X86_VNNI, batches)
     (tried,) = found.corrections
     assert not tried.kept and tried.after_db < tried.before_db
