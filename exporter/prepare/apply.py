@@ -20,6 +20,7 @@ from exporter.prepare import (
     layernorm,
     names,
     opset,
+    outputs,
     pad,
     pool,
     shapes,
@@ -29,7 +30,12 @@ from exporter.prepare import (
 # A rewrite owns the model it is given, edits it in place, and returns how often its rules matched.
 Rewrite = Callable[[ir.Model], int]
 
-CLEAN: Mapping[str, Rewrite] = {"opset": opset.rewrite, "constants": constants.rewrite, "names": names.rewrite}
+CLEAN: Mapping[str, Rewrite] = {
+    "opset": opset.rewrite,
+    "constants": constants.rewrite,
+    "outputs": outputs.rewrite,
+    "names": names.rewrite,
+}
 REWRITES: Mapping[str, Rewrite] = {
     "pad": pad.rewrite,
     "batchnorm": batchnorm.rewrite,
@@ -41,6 +47,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "conv_transpose": conv_transpose.rewrite,
     "constants": constants.rewrite,
     "unshare": unshare.rewrite,
+    "outputs": outputs.rewrite,  # again: constants takes every Identity out
     "names": names.rewrite,
     "shapes": shapes.rewrite,
 }

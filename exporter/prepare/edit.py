@@ -1,22 +1,32 @@
-"""The two edits that rewrites are made of: a new initializer, and new nodes in the place of old ones."""
+"""The edits that rewrites are made of: a name, a new initializer, and new nodes in the place of old ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from exporter.batches import Array
 
 
+def free_name(model: ir.Model, name: str) -> str:
+    """`name`, or `name_1`, `name_2`... where a tensor of the graph, or of a graph inside it, is called that."""
+    taken = {value.name for value in tensors(model)}
+    return next(each for each in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if each not in taken)
+
+
+def tensors(model: ir.Model) -> Iterator[ir.Value]:
+    """Every tensor: inputs, initializers, and what nodes make, in the graphs of branches and loops too."""
+    for graph in model.graphs():
+        yield from graph.inputs
+        yield from graph.initializers.values()
+        for node in graph:
+            yield from node.outputs
+
+
 def initializer(model: ir.Model, name: str, array: Array) -> ir.Value:
-    """Register `array` as an initializer under `name`, or `name_1`, `name_2`... where that is taken."""
-    taken = model.graph.initializers
-    unique = (
-        name
-        if name not in taken
-        else next(f"{name}_{i}" for i in range(1, len(taken) + 2) if f"{name}_{i}" not in taken)
-    )
+    """Register `array` as an initializer under `free_name(name)`."""
+    unique = free_name(model, name)
     value = ir.val(
         unique,
         ir.DataType(ir.DataType.from_numpy(array.dtype)),

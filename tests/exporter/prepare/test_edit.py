@@ -24,3 +24,11 @@ def test_replace_keeps_the_name_type_and_readers_of_an_output() -> None:
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
     assert graphs.node(model, "n").inputs[0] is new.outputs[0]
     assert new.outputs[0].dtype == ir.DataType.FLOAT and str(new.outputs[0].shape) == "[N,4]"
+
+
+def test_initializer_takes_the_name_of_no_other_tensor() -> None:
+    """An input `h_bias` beside a Conv `h`: the initializer would take its place."""
+    model = graphs.model(
+        "(float[N,4] h_bias) => (float[N,4] h_bias_2) { h_bias_1 = Relu(h_bias)\n h_bias_2 = Neg(h_bias_1) }"
+    )
+    assert edit.initializer(model, "h_bias", np.zeros(3, np.float32)).name == "h_bias_3"
