@@ -6,6 +6,7 @@ leaves the old bundle or none, never half of one.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +19,13 @@ from exporter.errors import CalibrationError
 from exporter.recipe import Probe as ProbeLimits
 from runtime import drift
 from runtime import manifest as manifests
+from runtime.bundle import load
 from runtime.drift import Drift
 from runtime.errors import BundleError
 from runtime.kernels import Kernels, trace
 from runtime.manifest import Manifest
 from runtime.probe import Probe, write_probe
-from runtime.session import open_session
+from runtime.session import ORT_ERRORS, open_session
 
 # One thread: the sums of float nodes have one order, so the recorded outputs have one value
 THREADS = 1
@@ -44,9 +46,11 @@ def record(
     """Run both models on held-out batches.
 
     Drift is over all of them; the probe is the first `limits.batches` that fit `limits.max_bytes`, and one in any case.
+    A batch whose outputs hold no element does not go into the probe: it would prove nothing, there or on a device.
 
     Raises:
-        CalibrationError: no held-out batch, or the FP32 model gives NaN or infinity on one.
+        CalibrationError: no held-out batch, none with an element in its outputs, one that ONNX Runtime refuses, or one on
+            which the FP32 model gives NaN or infinity.
     """
     probes: list[Probe] = []
     size = 0
@@ -56,11 +60,20 @@ def record(
     def outputs() -> Iterator[tuple[Batch, Batch]]:
         nonlocal size
         for number, batch in enumerate(heldout):
-            wanted = dict(zip(names, reference.run(names, dict(batch)), strict=True))
+            try:
+                wanted = dict(zip(names, reference.run(names, dict(batch)), strict=True))
+                got = dict(zip(names, candidate.run(names, dict(batch)), strict=True))
+            except ORT_ERRORS as error:
+                raise CalibrationError(
+                    f"held-out batch {number}: the model cannot run on it",
+                    found=str(error)[:200],
+                    expected="shapes and values that the model takes",
+                    batch=number,
+                ) from error
             _check_finite(wanted, number)
-            got = dict(zip(names, candidate.run(names, dict(batch)), strict=True))
             bytes_here = sum(array.nbytes for arrays in (batch, wanted, got) for array in arrays.values())
-            if not probes or (len(probes) < limits.batches and size + bytes_here <= limits.max_bytes):
+            empty = not any(array.size for array in wanted.values())
+            if not empty and (not probes or (len(probes) < limits.batches and size + bytes_here <= limits.max_bytes)):
                 probes.append(Probe(inputs=batch, fp32=wanted, int8=got))
                 size += bytes_here
             yield wanted, got
@@ -73,17 +86,23 @@ def record(
             expected="at least one",
             do="give held-out batches of their own, or more calibration batches to split",
         )
-    measured = drift.measure(_chain(first, pairs))
+    measured = drift.measure(itertools.chain([first], pairs))
+    if not probes:
+        raise CalibrationError(
+            "held-out data: outputs",
+            found=f"no element in any of {measured.batches} batches",
+            expected="at least one batch that is not empty",
+        )
     return Recorded(probes=tuple(probes), drift=measured, kernels=_kernels(int8, probes[0].inputs, session))
 
 
 def require_place(out: Path) -> None:
-    """Refuse an output folder that holds something other than a bundle.
+    """Refuse an output folder that holds something other than a bundle: what is there is going to be deleted.
 
     Raises:
-        BundleError: `out` is a file, or a folder with files and no manifest.json.
+        BundleError: `out` is a file, or a folder with files that no bundle's manifest lists.
     """
-    if out.is_dir() and (not any(out.iterdir()) or (out / manifests.MANIFEST).is_file()):
+    if out.is_dir() and (not any(out.iterdir()) or _holds_a_bundle(out)):
         return
     if out.exists() or out.is_symlink():
         raise BundleError(
@@ -95,8 +114,18 @@ def require_place(out: Path) -> None:
         )
 
 
+def _holds_a_bundle(folder: Path) -> bool:
+    """Whether nothing is there but a manifest of ours and files that it lists."""
+    file = folder / manifests.MANIFEST
+    try:
+        listed = manifests.loads(file.read_text(encoding="utf-8"), str(file)).files
+    except (BundleError, OSError, UnicodeDecodeError):
+        return False
+    return {entry.name for entry in folder.iterdir()} <= {manifests.MANIFEST, *listed}
+
+
 def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping[str, bytes]) -> Manifest:
-    """Write a bundle: every file, then the manifest that lists them, then the move into place.
+    """Write a bundle: every file, then the manifest that lists them; load it as a device would; move it into place.
 
     Args:
         out: the bundle's folder; a bundle that is there is replaced.
@@ -105,7 +134,8 @@ def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping
         files: {name: content} of the others.
 
     Raises:
-        BundleError: the disk is full or not writable; nothing is left behind.
+        BundleError: the disk is full or not writable, or the runtime cannot load what was made; nothing is left behind,
+            and an old bundle stays.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +146,8 @@ def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping
             listed = {name: manifests.digest(folder / name) for name in sorted([*files, manifests.PROBE])}
             complete = replace(manifest, files=listed)
             (folder / manifests.MANIFEST).write_text(manifests.dumps(complete), encoding="utf-8")
+            _require_loadable(folder, out)
+            require_place(out)  # again: minutes have passed
             _move(folder, out)
             return complete
     except OSError as error:
@@ -136,20 +168,33 @@ def _staging(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _require_loadable(folder: Path, out: Path) -> None:
+    try:
+        load(folder, threads=THREADS)
+    except BundleError as error:
+        raise BundleError(
+            f"{out}: not written, for the runtime could not load it",
+            path=str(out),
+            found=str(error).replace(f"{folder}/", ""),
+        ) from error
+
+
 def _move(folder: Path, out: Path) -> None:
-    """Put `folder` in the place of `out`; the old one is moved aside first and comes back if that fails."""
+    """Put `folder` in the place of `out`; the old one is moved aside first and comes back whatever stops that."""
     if not out.exists():
         folder.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / "old"
-    out.rename(old)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    old = aside / "old"
     try:
+        out.rename(old)
         folder.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:  # Ctrl-C too
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _kernels(int8: bytes, inputs: Batch, session: Mapping[str, str]) -> Kernels:
@@ -173,8 +218,3 @@ def _check_finite(outputs: Mapping[str, Array], number: int) -> None:
                 tensor=name,
                 batch=number,
             )
-
-
-def _chain(first: tuple[Batch, Batch], rest: Iterator[tuple[Batch, Batch]]) -> Iterator[tuple[Batch, Batch]]:
-    yield first
-    yield from rest

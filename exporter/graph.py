@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from exporter.batches import Array, Batch
 from runtime import session
-from runtime.errors import BundleError
+from runtime.errors import BundleError, PacklightError
 from runtime.manifest import Tensor
 
 Shape = tuple[int, ...]
 
 
-class RunError(Exception):
-    """ONNX Runtime could not load or run a graph of ours; the stage that asked says what that means."""
+class RunError(PacklightError):
+    """ONNX Runtime could not load or run a graph of ours; the stage that asked says what that means, where it knows."""
 
 
 def tensors(values: Iterable[ir.Value]) -> tuple[Tensor, ...]:
@@ -25,13 +26,17 @@ def tensors(values: Iterable[ir.Value]) -> tuple[Tensor, ...]:
         Tensor(
             name=_name(value),
             dtype=str(value.dtype.numpy()) if value.dtype is not None else "float32",
-            shape=tuple(
-                dim if isinstance(dim, int) else (str(dim) if str(dim) != "None" else f"{value.name}_{axis}")
-                for axis, dim in enumerate(value.shape or ())
-            ),
+            shape=tuple(_dimension(dim, f"{value.name}_{axis}") for axis, dim in enumerate(value.shape or ())),
         )
         for value in values
     )
+
+
+def _dimension(dim: int | ir.SymbolicDim, otherwise: str) -> int | str:
+    """A size >= 0 or a name; files also write -1 and an empty name, which mean that there is none."""
+    if isinstance(dim, int):
+        return dim if dim >= 0 else otherwise
+    return dim.value or otherwise
 
 
 def _name(value: ir.Value) -> str:
@@ -92,13 +97,13 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 
 def shapes(model: ir.Model, batch: Batch) -> dict[str, Shape]:
-    """The shape of every tensor when the graph runs on `batch`; initializers included."""
+    """The shape of every tensor when the graph runs on `batch`; initializers included, sequences of tensors not."""
     found: dict[str, Shape] = {name: tuple(value.shape) for name, value in batch.items()}
     for name, value in model.graph.initializers.items():
         found[name] = tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
     names = [value.name for node in model.graph for value in node.outputs if value.name]
     ran = runner(with_outputs(model, names))(batch)
-    return found | {name: tuple(value.shape) for name, value in ran.items()}
+    return found | {name: tuple(value.shape) for name, value in ran.items() if isinstance(value, np.ndarray)}
 
 
 def macs(node: ir.Node, shape: Mapping[str, Shape]) -> int:

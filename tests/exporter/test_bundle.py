@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,75 @@ def test_nan_in_the_reference_is_refused_by_batch_and_output() -> None:
     ) as error:
         record(good, {"x": -np.ones((1, 4), np.float32)}, fp32=graph.to_bytes(log))
     assert (error.value.batch, error.value.tensor) == (1, "y")
+
+
+def test_foreign_folder_with_a_manifest_json_is_never_replaced(tmp_path: Path) -> None:
+    web, more = tmp_path / "web", tmp_path / "more"
+    web.mkdir()
+    (web / manifests.MANIFEST).write_text('{"short_name": "app", "icons": []}')
+    bundle.write(more, ABOUT, [probe()], FILES)
+    (more / "thesis.tex").write_text("years of work")
+    for folder in (web, more):
+        before = contents(folder)
+        with pytest.raises(BundleError, match="found a folder that is not a bundle"):
+            bundle.require_place(folder)
+        with pytest.raises(BundleError, match="found a folder that is not a bundle"):
+            bundle.write(folder, ABOUT, [probe(1)], FILES)
+        assert contents(folder) == before
+
+
+def test_bundle_without_its_optional_file_may_be_replaced(tmp_path: Path) -> None:
+    bundle.write(tmp_path / "b", ABOUT, [probe()], FILES)
+    (tmp_path / "b" / manifests.FP32).unlink()
+    bundle.require_place(tmp_path / "b")
+
+
+def test_bundle_that_does_not_load_is_never_put_in_place(tmp_path: Path) -> None:
+    bundle.write(tmp_path / "b", ABOUT, [probe()], FILES)
+    before = contents(tmp_path / "b")
+    for manifest, files in (
+        (replace(ABOUT, outputs=ABOUT.outputs * 2), FILES),
+        (ABOUT, FILES | {manifests.INT8: b"no"}),
+    ):
+        with pytest.raises(BundleError, match="b: not written, for the runtime could not load it: found ") as error:
+            bundle.write(tmp_path / "b", manifest, [probe(1)], files)
+        assert "/." not in str(error.value)
+        assert contents(tmp_path / "b") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_ctrl_c_between_the_two_moves_keeps_a_whole_bundle(
+    done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle.write(tmp_path / "b", ABOUT, [probe()], FILES)
+    before, real = contents(tmp_path / "b"), Path.rename
+
+    def stopped(path: Path, target: Path) -> Path:
+        into_place = target == tmp_path / "b" and path.name != "old"
+        if into_place and done:
+            real(path, target)
+        if into_place:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.write(tmp_path / "b", ABOUT, [probe(1)], FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert (contents(tmp_path / "b") == before) is not done
+    assert runtime.check(runtime.load(tmp_path / "b")).exact
+
+
+def test_heldout_batch_that_the_graph_refuses_is_named() -> None:
+    with pytest.raises(CalibrationError, match="held-out batch 1: the model cannot run on it: found ") as error:
+        record(batch(0), {"x": graphs.noise(1, 2, 5)})
+    assert error.value.batch == 1
+
+
+def test_empty_batches_are_no_probe_and_prove_nothing_alone() -> None:
+    recorded = record(batch(0, rows=0), batch(1))
+    assert (recorded.drift.batches, [each.inputs["x"].shape for each in recorded.probes]) == (2, [(2, 4)])
+    assert recorded.kernels.macs == 2 * 4 * 4
+    with pytest.raises(CalibrationError, match="held-out data: outputs: found no element in any of 2 batches"):
+        record(batch(0, rows=0), batch(1, rows=0))

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from exporter import graph
+from runtime.errors import PacklightError
 from runtime.kernels import trace
 from tests.exporter import graphs
 
@@ -106,3 +107,23 @@ def test_activations_and_consumers() -> None:
     a, b = graphs.node(model, "a"), graphs.node(model, "b")
     assert graph.consumers(a.outputs[0]) == (b,)
     assert [value.name for value in graph.activations(b)] == ["r", "r"]
+
+
+def test_empty_name_and_minus_one_are_dimensions_without_a_name() -> None:
+    proto = graphs.proto("(float[N,M,4] x) => (float[N,M,4] y) { y = Relu(x) }")
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = ""
+        value.type.tensor_type.shape.dim[1].dim_value = -1
+    model = ir.serde.deserialize_model(proto)
+    assert graph.inputs(model)[0].shape == ("x_0", "x_1", 4)
+    assert graph.outputs(model)[0].shape == ("y_0", "y_1", 4)
+
+
+def test_sequence_has_no_shape() -> None:
+    text = "(float[N,4] x) => (float[N,2] y) { s = SplitToSequence<axis=1>(x, two)\n y = SequenceAt(s, zero) }"
+    model = graphs.model(text, {"two": np.int64(2), "zero": np.int64(0)})
+    assert graph.shapes(model, {"x": graphs.noise(1, 3, 4)}) == {"x": (3, 4), "two": (), "zero": (), "y": (3, 2)}
+
+
+def test_run_error_is_one_of_packlights() -> None:
+    assert issubclass(graph.RunError, PacklightError)
