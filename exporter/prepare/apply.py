@@ -14,13 +14,13 @@ from exporter.prepare import (
     batchnorm,
     constants,
     conv_transpose,
+    ends,
     gelu,
     gemm,
     hardswish,
     layernorm,
     names,
     opset,
-    outputs,
     pad,
     pool,
     shapes,
@@ -33,7 +33,7 @@ Rewrite = Callable[[ir.Model], int]
 CLEAN: Mapping[str, Rewrite] = {
     "opset": opset.rewrite,
     "constants": constants.rewrite,
-    "outputs": outputs.rewrite,
+    "ends": ends.rewrite,
     "names": names.rewrite,
 }
 REWRITES: Mapping[str, Rewrite] = {
@@ -47,7 +47,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "conv_transpose": conv_transpose.rewrite,
     "constants": constants.rewrite,
     "unshare": unshare.rewrite,
-    "outputs": outputs.rewrite,  # again: constants takes every Identity out
+    "ends": ends.rewrite,  # again: constants takes every Identity out
     "names": names.rewrite,
     "shapes": shapes.rewrite,
 }

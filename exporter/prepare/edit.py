@@ -8,10 +8,29 @@ import onnx_ir as ir
 
 from exporter.batches import Array
 
+# what ONNX Runtime's quantizer puts behind the name of a tensor to name its codes, scale and zero point
+QUANTIZER_SUFFIXES = (
+    "_scale",
+    "_zero_point",
+    "_quantized",
+    "_QuantizeLinear_Input",
+    "_QuantizeLinear_Output",
+    "_DequantizeLinear_Output",
+)
+
+
+def stems(name: str | None) -> Iterator[str]:
+    """The tensors for which the quantizer would make up `name`: `x_quantized` and `x` for `x_quantized_scale`."""
+    suffix = next((each for each in QUANTIZER_SUFFIXES if name and name.endswith(each)), None)
+    if name and suffix:
+        yield name.removesuffix(suffix)
+        yield from stems(name.removesuffix(suffix))
+
 
 def free_name(model: ir.Model, name: str) -> str:
-    """`name`, or `name_1`, `name_2`... where a tensor of the graph, or of a graph inside it, is called that."""
-    taken = {value.name for value in tensors(model)}
+    """`name`, or `name_1`, `name_2`... where the graph, or one inside it, has such a tensor, or one called as its scale."""
+    names = {value.name for value in tensors(model)}
+    taken = names | {stem for each in names for stem in stems(each)}
     return next(each for each in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if each not in taken)
 
 

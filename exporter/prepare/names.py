@@ -2,12 +2,16 @@
 
 1. Doc strings and metadata (stack traces, source paths, module scopes of the tracer) are removed.
 2. A node without a name, or with a name already taken, is called after its first output.
+3. A tensor `x_scale` beside a tensor `x` is renamed: it is what ONNX Runtime's quantizer calls the scale of x. So are
+   the other names it makes up. Of two where one is an input or output of the graph, the other is renamed.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
+
+from exporter.prepare import edit
 
 
 def rewrite(model: ir.Model) -> int:
@@ -23,4 +27,20 @@ def rewrite(model: ir.Model) -> int:
             )
             modified = True
         taken.add(node.name)
-    return int(modified)
+    return int(modified) + _free_the_quantizers_names(model)
+
+
+def _free_the_quantizers_names(model: ir.Model) -> int:
+    """Rule 3. Two inputs or outputs that clash are kept apart by `ends`."""
+    ends = {*model.graph.inputs, *model.graph.outputs}
+    found = {value.name: value for value in edit.tensors(model)}
+    clashing = [
+        found[stem] if value in ends else value
+        for value in found.values()
+        for stem in edit.stems(value.name)
+        if stem in found
+    ]
+    renamed = [value for value in dict.fromkeys(clashing) if value not in ends]
+    for value in renamed:
+        value.name = edit.free_name(model, f"{value.name}_own")
+    return len(renamed)

@@ -32,3 +32,8 @@ def test_initializer_takes_the_name_of_no_other_tensor() -> None:
         "(float[N,4] h_bias) => (float[N,4] h_bias_2) { h_bias_1 = Relu(h_bias)\n h_bias_2 = Neg(h_bias_1) }"
     )
     assert edit.initializer(model, "h_bias", np.zeros(3, np.float32)).name == "h_bias_3"
+
+
+def test_initializer_takes_no_name_whose_scale_is_called_as_another_tensor() -> None:
+    model = graphs.model("(float[N,4] k_quantized_scale) => (float[N,4] y) { y = Relu(k_quantized_scale) }")
+    assert edit.initializer(model, "k", np.zeros(3, np.float32)).name == "k_1"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
+from exporter import quantize
 from exporter.prepare import names
 from tests.exporter import graphs
 
@@ -33,3 +35,43 @@ def test_traces_of_the_machine_that_exported_are_taken_out() -> None:
     content = ir.serde.serialize_model(model).SerializeToString()
     assert b"someone" not in content and b"pytorch" not in content
     assert model.producer_name == "packlight"
+
+
+def test_tensor_called_as_the_quantizer_calls_the_scale_of_another_is_renamed() -> None:
+    model = graphs.model(
+        """(float[N,3,6,6] x) => (float[N,8,4,4] y) {
+            x_QuantizeLinear_Output = Neg(x)
+            [c] a = Conv(x, w, w_scale)
+            [d] a_zero_point = Conv(x_QuantizeLinear_Output, w, w_scale)
+            y = Add(a, a_zero_point)
+        }""",
+        {"w": graphs.noise(1, 8, 3, 3, 3), "w_scale": graphs.noise(2, 8)},
+    )
+    batch = {"x": graphs.noise(0, 2, 3, 6, 6)}
+    after, _ = graphs.rewritten(model, names.rewrite, batch)
+    assert list(after.graph.initializers) == ["w", "w_scale_own"]
+    assert [node.outputs[0].name for node in after.graph] == [
+        "x_QuantizeLinear_Output_own",
+        "a",
+        "a_zero_point_own",
+        "y",
+    ]
+    assert names.rewrite(after) == 0
+    plan, ranges = graphs.planned(after, batch)
+    quantize.to_int8(after, plan, ranges)
+
+
+def test_tensor_whose_scale_would_be_called_as_an_input_or_output_is_renamed() -> None:
+    model = graphs.model(
+        "(float[N,4] h_scale) => (float[N,4] h_quantized_scale) { h = Relu(h_scale)\n h_quantized_scale = Tanh(h) }"
+    )
+    after, _ = graphs.rewritten(model, names.rewrite, {"h_scale": graphs.noise(0, 2, 4)})
+    assert [value.name for value in (*after.graph.inputs, *after.graph.outputs)] == ["h_scale", "h_quantized_scale"]
+    assert after.graph[0].outputs[0].name == "h_own"
+    assert names.rewrite(after) == 0
+
+
+def test_tensor_that_only_ends_like_a_scale_keeps_its_name() -> None:
+    model = graphs.model("(float[N,4] x) => (float[N,4] y) { y = Mul(x, logit_scale) }", {"logit_scale": np.float32(2)})
+    names.rewrite(model)
+    assert list(model.graph.initializers) == ["logit_scale"]

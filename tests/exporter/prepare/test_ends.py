@@ -5,7 +5,7 @@ import onnx
 import onnx_ir as ir
 
 from exporter import graph, prepare, quantize
-from exporter.prepare import outputs
+from exporter.prepare import ends
 from tests.exporter import graphs
 
 X = {"x": graphs.noise(0, 2, 3, 6, 6)}
@@ -14,11 +14,11 @@ W = {"w": graphs.noise(1, 8, 3, 3, 3)}
 
 def test_input_that_is_an_output_is_read_through_an_identity() -> None:
     model = graphs.model("(float[N,3,6,6] x) => (float[N,8,4,4] y, float[N,3,6,6] x) { [c] y = Conv(x, w) }", W)
-    after, matched = graphs.rewritten(model, outputs.rewrite, X)
+    after, matched = graphs.rewritten(model, ends.rewrite, X)
     assert (matched, graphs.op_types(after)) == (1, ["Identity", "Conv"])
     assert [value.name for value in (*after.graph.inputs, *after.graph.outputs)] == ["x", "y", "x"]
     assert graphs.node(after, "c").inputs[0] is after.graph[0].outputs[0]
-    assert outputs.rewrite(after) == 0
+    assert ends.rewrite(after) == 0
 
 
 def test_input_that_is_an_output_and_read_by_an_int8_node_is_quantized() -> None:
@@ -38,13 +38,31 @@ def test_input_that_is_an_output_and_read_by_an_int8_node_is_quantized() -> None
 
 def test_input_that_nothing_reads_but_the_output_is_left_alone() -> None:
     model = graphs.model("(float[N,4] x, float[N,4] z) => (float[N,4] y, float[N,4] z) { y = Relu(x) }")
-    assert outputs.rewrite(model) == 0
+    assert ends.rewrite(model) == 0
 
 
 def test_output_listed_twice_is_listed_once() -> None:
     proto = graphs.proto("(float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Relu(x)\n z = Neg(y) }")
     proto.graph.output.insert(1, onnx.ValueInfoProto.FromString(proto.graph.output[0].SerializeToString()))
     model = ir.serde.deserialize_model(proto)
-    assert outputs.rewrite(model) == 1
+    assert ends.rewrite(model) == 1
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
-    assert outputs.rewrite(model) == 0
+    assert ends.rewrite(model) == 0
+
+
+def test_input_and_output_beside_one_called_as_their_scale_stand_behind_an_identity() -> None:
+    model = graphs.model(
+        "(float[N,3,6,6] x, float[N,3,6,6] x_scale) => (float[N,8,4,4] y, float[N,8,2,2] y_quantized_scale) {"
+        " [c] y = Conv(x, w)\n [d] s = Conv(x_scale, w)\n [e] a = Add(y, s)\n [f] y_quantized_scale = Conv(a, v) }",
+        W | {"v": graphs.noise(3, 8, 8, 3, 3)},
+    )
+    batch = X | {"x_scale": graphs.noise(2, 2, 3, 6, 6) * 5}
+    made = prepare.to_quantizable(model, batch)
+    assert ends.rewrite(made.model) == 0
+    plan, ranges = graphs.planned(made.model, batch)
+    int8 = quantize.to_int8(made.model, plan, ranges)
+    assert [graphs.precisions(plan)[name] for name in "cdef"] == ["int8"] * 4
+    assert [value.name for value in int8.graph.outputs] == ["y", "y_quantized_scale"]
+    expected, found = graph.runner(made.model)(batch), graph.runner(int8)(batch)
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() < 0.05 * np.abs(value).max()
