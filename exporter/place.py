@@ -70,7 +70,8 @@ class Plan:
 
     def to_text(self) -> str:
         lines = ["# node | op_type | precision | reason"]
-        lines += [f"{d.node} | {d.op_type} | {d.precision} | {d.reason}" for d in self.decisions]
+        fields = ((d.node, d.op_type, d.precision, d.reason) for d in self.decisions)
+        lines += [" | ".join(" ".join(text.split()).replace("|", "/") for text in each) for each in fields]
         return "\n".join(lines) + "\n"
 
 

@@ -332,3 +332,9 @@ def test_gemm_whose_bias_no_integer_kernel_adds_stays_float(
     )
     plan, _ = graphs.planned(model, {"x": graphs.noise(0, 3, 4)})
     assert [(d.precision, d.reason) for d in plan.decisions] == [("float", reason)]
+
+
+def test_plan_text_is_one_line_of_four_columns_a_node_whatever_their_names() -> None:
+    decision = replace(decide(graphs.model(CONVS, W), X).decisions[0], node="a | b", reason="first\n  second | third")
+    lines = place.Plan(decisions=(decision,), tensors=()).to_text().splitlines()
+    assert lines[1:] == ["a / b | Conv | int8 | first second / third"]
