@@ -86,6 +86,7 @@ def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:
         x is None
         or x.producer() is None
         or x.shape is None
+        or x.dtype != ir.DataType.FLOAT  # Conv has no kernel for double
         or len(x.shape) not in (3, 4, 5)
         or bool(node.attributes.get_int("training_mode", 0))
     ):

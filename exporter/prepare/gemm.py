@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
 
@@ -30,6 +31,8 @@ def _rule(pattern: Any, transposed: int) -> RewriteRule:
     def check(context: Any, x: ir.Value, weight: ir.Value, bias: ir.Value) -> bool:
         shift = graph.constant(bias)
         if x.shape is None or weight.shape is None or shift is None or len(x.shape) != 2 or len(weight.shape) != 2:
+            return False
+        if shift.dtype != np.float32:  # an int32 Gemm has no kernel
             return False
         columns = weight.shape[0 if transposed else 1]
         return shift.shape in ((columns,), (1, columns))

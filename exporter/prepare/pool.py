@@ -26,7 +26,7 @@ def rewrite(model: ir.Model) -> int:
 def _to_pool(model: ir.Model, node: ir.Node) -> bool:
     x = node.inputs[0] if node.op_type == "ReduceMean" else None
     axes = graph.constant(node.inputs[1]) if x is not None and len(node.inputs) > 1 else None
-    if x is None or axes is None or x.shape is None or len(x.shape) < 3:
+    if x is None or axes is None or x.shape is None or len(x.shape) < 3 or x.dtype != ir.DataType.FLOAT:
         return False
     rank = len(x.shape)
     if sorted(int(axis) % rank for axis in axes) != list(range(2, rank)):
@@ -45,6 +45,8 @@ def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:
     """Rule 3, for one node."""
     x = node.inputs[0] if node.op_type == "AveragePool" else None
     if x is None or x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[1], int):
+        return False
+    if x.dtype != ir.DataType.FLOAT:
         return False
     attributes = node.attributes
     padded = any(attributes.get_ints("pads", [0])) and not attributes.get_int("count_include_pad", 0)

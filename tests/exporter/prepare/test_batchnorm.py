@@ -130,3 +130,12 @@ def test_batchnorm_over_rank_2_is_left_alone() -> None:
         "(float[N,8] x) => (float[N,8] y) { r = Relu(x)\n y = BatchNormalization(r, g, s, m, v) }", NORM
     )
     assert graphs.rewritten(model, batchnorm.rewrite, {"x": graphs.noise(9, 3, 8)})[1] == 0
+
+
+def test_batchnorm_of_doubles_is_left_alone() -> None:
+    model = graphs.model(
+        "(double[N,8,6,6] x) => (double[N,8,6,6] y) { r = Relu(x)\n y = BatchNormalization(r, g, s, m, v) }",
+        {name: value.astype(np.float64) for name, value in NORM.items()},
+    )
+    x = graphs.noise(9, 2, 8, 6, 6).astype(np.float64)
+    assert graphs.rewritten(model, batchnorm.rewrite, {"x": x})[1] == 0

@@ -61,3 +61,12 @@ def test_bias_before_the_product_is_the_same_bias() -> None:
     model = graphs.model("(float[N,5] x) => (float[N,8] y) { p = MatMul(x, w)\n y = Add(b, p) }", {"w": W, "b": B})
     after, _ = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5)})
     assert graphs.op_types(after) == ["Gemm"]
+
+
+def test_product_of_integers_is_left_alone() -> None:
+    model = graphs.model(
+        "(int32[N,5] x) => (int32[N,8] y) { p = MatMul(x, w)\n y = Add(p, b) }",
+        {"w": np.ones((5, 8), np.int32), "b": np.ones(8, np.int32)},
+    )
+    after, matched = graphs.rewritten(model, gemm.rewrite, {"x": np.arange(10, dtype=np.int32).reshape(2, 5)})
+    assert (matched, graphs.op_types(after)) == (0, ["MatMul", "Add"])

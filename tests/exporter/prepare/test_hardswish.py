@@ -33,3 +33,12 @@ def test_decomposed_hardsigmoid_is_one_node() -> None:
 )
 def test_near_miss_is_left_alone(body: str) -> None:
     assert "HardSwish" not in fused(body)
+
+
+def test_doubles_are_left_alone() -> None:
+    weights = {name: value.astype(np.float64) for name, value in WEIGHTS.items()}
+    for body in ("m = Mul(x, c)\n y = Div(m, six)", "y = Div(c, six)"):
+        model = graphs.model(
+            f"(double[N,8] x) => (double[N,8] y) {{ a = Add(x, three)\n c = Clip(a, zero, six)\n {body} }}", weights
+        )
+        assert graphs.rewritten(model, hardswish.rewrite, {"x": X["x"].astype(np.float64)})[1] == 0

@@ -92,3 +92,17 @@ def test_average_pool_of_uneven_windows_stays(attributes: str) -> None:
 
 def test_average_pool_among_float_nodes_stays() -> None:
     assert averaged("kernel_shape=[2,2]", before="r = Tanh(x)", reader="Exp") == ["AveragePool"]
+
+
+@pytest.mark.parametrize("kind", ["double", "int32"])
+def test_mean_of_other_types_than_float32_stays(kind: str) -> None:
+    text = f"({kind}[N,8,5,6] x) => ({kind}[N,8] y) {{ y = ReduceMean<keepdims=0>(x, axes) }}"
+    model = graphs.model(text, {"axes": np.array([2, 3])})
+    x = (graphs.noise(0, 2, 8, 5, 6) * 9).astype(np.float64 if kind == "double" else np.int32)
+    assert graphs.rewritten(model, pool.rewrite, {"x": x})[1] == 0
+
+
+def test_average_pool_of_doubles_stays() -> None:
+    body = "m = MaxPool<kernel_shape=[1,1]>(x)\n y = AveragePool<kernel_shape=[2,2]>(m)"
+    text = f"(double[N,6,7,8] x) => (double[N,6,6,7] y) {{ {body} }}"
+    assert pool.rewrite(graphs.model(text)) == 0
