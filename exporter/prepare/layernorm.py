@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
 from onnxscript.rewriter.rules.fusion import _layer_norm
 
 from exporter import graph
+from exporter.prepare import edit
 from exporter.prepare.rules import apply
 
 
@@ -36,6 +38,15 @@ RULES = (_layer_norm.layer_normalization_rules[0], RewriteRule(_shifted, _with_b
 
 def rewrite(model: ir.Model) -> int:
     for node in model.graph:
-        if node.op_type == "ReduceMean" and "keepdims" not in node.attributes:
-            node.attributes.add(ir.AttrInt64("keepdims", 1))  # the default: onnxscript's pattern wants it in writing
+        if node.op_type == "ReduceMean":
+            _spell_as_the_pattern_does(model, node)
     return apply(model, RULES, commute=True)
+
+
+def _spell_as_the_pattern_does(model: ir.Model, mean: ir.Node) -> None:
+    """onnxscript's pattern wants keepdims in writing, and the last axis as -1."""
+    if "keepdims" not in mean.attributes:
+        mean.attributes.add(ir.AttrInt64("keepdims", 1))
+    x, axes = mean.inputs[0], graph.constant(mean.inputs[1]) if len(mean.inputs) > 1 else None
+    if x is not None and x.shape is not None and axes is not None and axes.tolist() == [len(x.shape) - 1]:
+        mean.replace_input_with(1, edit.initializer(model, f"{mean.outputs[0].name}_axes", np.array([-1])))

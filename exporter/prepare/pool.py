@@ -2,6 +2,7 @@
 
 1. ReduceMean over axes 2.. of [N, C, spatial...], keepdims=1   becomes   GlobalAveragePool.
 2. the same with keepdims=0                                     becomes   GlobalAveragePool -> Squeeze.
+   Rank 3 is [N, C, length] where a Conv made it, else [batch, tokens, features], whose means stay.
 3. AveragePool whose windows all divide by their full size, between other layers of a CNN   becomes   a depthwise Conv
    with weights 1/size: QLinearAveragePool takes some twenty times as long, and ONNX Runtime uses it wherever the pool
    stands between DequantizeLinear and QuantizeLinear, planned or not.
@@ -18,6 +19,11 @@ from exporter.prepare import edit
 # what stands before or behind a pool that works on codes; a pool among float nodes is left to its float kernel
 AROUND_A_POOL = frozenset({"Conv", "Relu", "Clip", "Concat", "MaxPool"})
 
+BEHIND_A_CONV = frozenset(
+    {"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "Gelu", "Mul", "Add", "MaxPool"}
+    | {"AveragePool", "BatchNormalization", "Concat"}
+)
+
 
 def rewrite(model: ir.Model) -> int:
     return sum(_to_pool(model, node) or _to_depthwise(model, node) for node in list(model.graph))
@@ -29,6 +35,8 @@ def _to_pool(model: ir.Model, node: ir.Node) -> bool:
     if x is None or axes is None or x.shape is None or len(x.shape) < 3 or x.dtype != ir.DataType.FLOAT:
         return False
     rank = len(x.shape)
+    if rank == 3 and not _is_of_a_conv(x):
+        return False
     if sorted(int(axis) % rank for axis in axes) != list(range(2, rank)):
         return False
     pool = ir.node("GlobalAveragePool", [x], name=node.name)
@@ -39,6 +47,15 @@ def _to_pool(model: ir.Model, node: ir.Node) -> bool:
         pool.outputs[0].type = x.type
     edit.replace(model, [node], new, node.outputs[0], pooled)
     return True
+
+
+def _is_of_a_conv(x: ir.Value | None) -> bool:
+    """Whether a Conv made it, with nothing behind but what works element by element or pools."""
+    maker = x.producer() if x is not None else None
+    while maker is not None and maker.op_type in BEHIND_A_CONV and maker.inputs:
+        x = maker.inputs[0]
+        maker = x.producer() if x is not None else None
+    return maker is not None and maker.op_type == "Conv"
 
 
 def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:

@@ -63,3 +63,10 @@ def test_epsilon_is_kept() -> None:
     model = graphs.model(body(), WEIGHTS | {"eps": np.float32(0.01)})
     after, _ = graphs.rewritten(model, layernorm.rewrite, X)
     assert after.graph[0].attributes.get_float("epsilon") == pytest.approx(0.01)
+
+
+def test_last_axis_counted_from_the_front_is_the_last_axis() -> None:
+    model = graphs.model(body(axis="two_axis"), WEIGHTS | {"two_axis": np.array([2])})
+    after, _ = graphs.rewritten(model, layernorm.rewrite, X)
+    assert graphs.op_types(after) == ["LayerNormalization"]
+    assert layernorm.rewrite(after) == 0

@@ -23,8 +23,14 @@ def test_mean_over_all_spatial_axes_is_a_global_average_pool(axes: list[int]) ->
     assert pooled("N,8,5,6", axes, keepdims=0, out="N,C") == ["GlobalAveragePool", "Squeeze"]
 
 
+def over_rank_3(before: str) -> list[str]:
+    text = f"(float[N,8,5] x) => (float[N,8,1] y) {{ {before}\n y = ReduceMean(r, axes) }}"
+    model = graphs.model(text, {"axes": np.array([2]), "w": graphs.noise(1, 8, 8, 1)})
+    return graphs.op_types(graphs.rewritten(model, pool.rewrite, {"x": graphs.noise(0, 2, 8, 5)})[0])
+
+
 def test_one_and_three_spatial_axes_too() -> None:
-    assert pooled("N,8,5", [2], out="N,C,1") == ["GlobalAveragePool"]
+    assert over_rank_3("c = Conv(x, w)\n r = Relu(c)") == ["Conv", "Relu", "GlobalAveragePool"]
     assert pooled("N,8,5,4,3", [2, 3, 4], keepdims=0, out="N,C") == ["GlobalAveragePool", "Squeeze"]
 
 
@@ -106,3 +112,7 @@ def test_average_pool_of_doubles_stays() -> None:
     body = "m = MaxPool<kernel_shape=[1,1]>(x)\n y = AveragePool<kernel_shape=[2,2]>(m)"
     text = f"(double[N,6,7,8] x) => (double[N,6,6,7] y) {{ {body} }}"
     assert pool.rewrite(graphs.model(text)) == 0
+
+
+def test_mean_over_the_features_of_tokens_stays() -> None:
+    assert over_rank_3("r = Relu(x)") == ["Relu", "ReduceMean"]
