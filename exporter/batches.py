@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import CalibrationError
+from runtime.errors import BundleError
 from runtime.manifest import Tensor
+from runtime.probe import read_arrays
 
 Array = npt.NDArray[Any]
 Batch = Mapping[str, Array]
@@ -28,11 +30,17 @@ def as_array(value: Any, name: str) -> Array:
     """An array, a torch tensor (any device, grad or not) or a plain number as a numpy array.
 
     Raises:
-        CalibrationError: objects, strings, ragged lists.
+        CalibrationError: objects, strings, ragged lists, tensors that numpy has no form of (bfloat16, sparse).
     """
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(
+            f"input {name!r}",
+            found=f"{type(value).__name__}: {str(error).splitlines()[0][:120]}",
+            expected="a plain array or tensor of numbers",
+            tensor=name,
+        ) from error
     if array.dtype.kind not in "fiub":
         raise CalibrationError(f"input {name!r}", found=f"dtype {array.dtype}", expected="numbers", tensor=name)
     return array
@@ -125,12 +133,17 @@ def _files(path: Path) -> Iterator[Any]:
             yield from _files(entry)
         return
     try:
-        loaded = np.load(path, allow_pickle=False)
-        yield {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else loaded
-    except (OSError, ValueError, EOFError) as error:
+        if path.suffix == ".npz":
+            raw: Batch | Array = read_arrays(path)
+        else:
+            with open(path, "rb") as file:
+                raw = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BundleError) as error:
+        said = (error.found if isinstance(error, BundleError) else str(error)) or type(error).__name__
         raise CalibrationError(
-            str(path), found=str(error).splitlines()[0][:120], expected="an .npz or .npy file without pickled objects"
+            str(path), found=said.splitlines()[0][:120], expected="an .npz or .npy file without pickled objects"
         ) from error
+    yield raw
 
 
 def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int) -> Batch:
@@ -155,7 +168,27 @@ def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int) -> Bat
             tensor=missing[0],
             batch=number,
         )
-    return {tensor.name: _checked_array(given[tensor.name], tensor, where, number) for tensor in tensors}
+    batch = {tensor.name: _checked_array(given[tensor.name], tensor, where, number) for tensor in tensors}
+    _check_dimensions(batch, tensors, where, number)
+    return batch
+
+
+def _check_dimensions(batch: Batch, tensors: Sequence[Tensor], where: str, number: int) -> None:
+    """Hold equal names of dimensions to equal sizes, over all inputs."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for tensor in tensors:
+        for label, size in zip(tensor.shape, batch[tensor.name].shape, strict=True):
+            if isinstance(label, int):
+                continue
+            known, first = sizes.setdefault(label, (size, tensor.name))
+            if size != known:
+                raise CalibrationError(
+                    f"{where}: input {tensor.name!r}",
+                    found=f"{label} = {size}",
+                    expected=f"{label} = {known}, as in {first!r}",
+                    tensor=tensor.name,
+                    batch=number,
+                )
 
 
 def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array:
@@ -198,7 +231,8 @@ class Split:
 
     A held-out batch whose bytes calibration has seen is left out and counted in `repeated`; if that leaves none, they are
     used after all and `overlapping` says so, for then drift is optimistic. Without held-out data every fourth
-    calibration batch is kept apart for it, MOST_APART at most. Streams are read once, in order: calibration first.
+    calibration batch is kept apart for it, MOST_APART at most. Streams are read once: the first batch of each here, so
+    that a mistake is found before the long work, then the rest of calibration, then the rest of the held-out data.
     """
 
     EVERY = 4
@@ -207,12 +241,15 @@ class Split:
     MOST_REPEATED = 32  # repeated batches kept in memory, should there be no others
 
     def __init__(self, calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._given = heldout
         self.random = any(isinstance(given, str) and given == RANDOM for given in (calibration, heldout))
         sized = isinstance(calibration, Sized) and not isinstance(calibration, str)
         self.total = len(calibration) if sized else None
         self.first, self._stream = peek(read(calibration, tensors, "calibration"), "calibration")
+        self._heldout: Iterator[Batch] | None = None
+        if heldout is not None:
+            _, self._heldout = peek(read(heldout, tensors, "heldout"), "heldout")
+        else:
+            self._stream = _enough(self._stream, self.EVERY)
         self.kept: list[Batch] = []
         self.repeated = 0
         self.overlapping = False
@@ -221,7 +258,7 @@ class Split:
 
     def calibration(self) -> Iterator[Batch]:
         for number, batch in enumerate(self._stream):
-            apart = self._given is None and len(self._apart) < self.MOST_APART
+            apart = self._heldout is None and len(self._apart) < self.MOST_APART
             if apart and number % self.EVERY == self.EVERY - 1:
                 self._apart.append(batch)
                 continue
@@ -231,7 +268,7 @@ class Split:
             yield batch
 
     def heldout(self) -> Iterator[Batch]:
-        stream = iter(self._apart) if self._given is None else read(self._given, self._tensors, "heldout")
+        stream = iter(self._apart) if self._heldout is None else self._heldout
         repeated: list[Batch] = []
         self.overlapping = True
         for batch in stream:
@@ -245,10 +282,24 @@ class Split:
             yield from repeated
 
 
+def _enough(stream: Iterator[Batch], least: int) -> Iterator[Batch]:
+    """The same stream, known to hold `least` batches."""
+    head = list(itertools.islice(stream, least))
+    if len(head) < least:
+        raise CalibrationError(
+            "heldout: no data, and too few calibration batches to keep one apart",
+            found=str(len(head)),
+            expected=f"at least {least}",
+            do="give held-out batches of their own, or more calibration batches",
+        )
+    return itertools.chain(head, stream)
+
+
 def split(calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> Split:
     """Check what was given and set calibration and held-out data apart.
 
     Raises:
-        CalibrationError: no calibration data, or its first batch is not one for this graph; see `read`.
+        CalibrationError: no calibration data, nothing to measure drift on, or the first batch of either is not one for
+            this graph; see `read`.
     """
     return Split(calibration, heldout, tensors)

@@ -8,7 +8,7 @@ from typing import Any
 from exporter import batches, bundle, calibrate, correct, graph, place, prepare, report, target, trace
 from exporter.correct import bias
 from exporter.progress import Progress, Silent
-from exporter.recipe import Recipe
+from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
 from exporter.source import Source
 
@@ -33,13 +33,18 @@ def export(
         progress: told what is being done.
 
     Raises:
-        TraceError, CalibrationError, RecipeError, QuantizeError, BundleError: see each stage; nothing is written then.
+        TraceError, CalibrationError, RecipeError, QuantizeError, BundleError: see each stage; RunError of graph, where ONNX Runtime
+            refuses a rewritten graph. What the caller's own iterables raise is passed on as it is. Nothing is written
+            then, unless it came while the finished bundle was timed.
     """
     tell = progress or Silent()
     out = Path(out)
     bundle.require_place(out)
     batches.require(calibration, "calibration")
+    if heldout is not None:
+        batches.require(heldout, "heldout")
     cpu = target.by_name(recipe.target)
+    require_own_text(recipe)
 
     tell.stage("trace the model and prove the graph")
     traced = trace.to_onnx(source)

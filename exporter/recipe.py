@@ -118,6 +118,25 @@ def parse(text: str, where: str) -> Recipe:
     return recipe
 
 
+def require_own_text(recipe: Recipe) -> None:
+    """Refuse a recipe that is not what its text says: the text goes into the bundle, and must not lie there.
+
+    Raises:
+        RecipeError: made or changed in Python, not read from TOML.
+    """
+    try:
+        same = parse(recipe.text, "text") == recipe
+    except RecipeError:
+        same = False
+    if not same:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: its text",
+            found="other values than the recipe's" if recipe.text else "nothing",
+            expected="the TOML it was read from",
+            do="write it as TOML and read that with load_recipe",
+        )
+
+
 def _frozen(given: dict[str, Any]) -> dict[str, Any]:
     """TOML's arrays as tuples: what a frozen recipe holds."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}

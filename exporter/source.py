@@ -27,6 +27,7 @@ from exporter import batches
 from exporter.batches import Array
 from exporter.errors import TraceError
 from exporter.quiet import quiet
+from runtime.errors import PacklightError
 
 OLDEST_OPSET = 11  # what onnx.version_converter was tried on; older files differ in Pad, Clip, Resize, BatchNorm
 
@@ -65,9 +66,12 @@ def from_module(
 
     Raises:
         TraceError: no inputs or outputs, or a `dynamic` entry that fits none of them.
+        CalibrationError: an example that is no array of numbers.
     """
     if not isinstance(module, torch.nn.Module):
         raise TraceError("from_module", found=type(module).__name__, expected="a torch.nn.Module")
+    if not isinstance(inputs, Mapping):
+        raise TraceError("from_module: inputs", found=type(inputs).__name__, expected="a dict {name: example}")
     examples = {key: batches.as_array(value, key) for key, value in inputs.items()}
     _check_names(examples, outputs, dynamic or {})
     return Source(
@@ -118,16 +122,15 @@ def from_onnx(path: str | Path) -> Source:
     """An ONNX file, opset 11 or newer; external data must lie in the file's own folder.
 
     Raises:
-        TraceError: no ONNX file, an older opset, external data outside the folder, operators ORT does not own.
+        TraceError: no ONNX file, an older opset, an input that is no tensor of known rank, external data that is missing,
+            too short, or outside the folder.
     """
     path = Path(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise TraceError(str(path), found=_first_line(error), expected="a readable ONNX file") from error
-    except Exception as error:  # protobuf's DecodeError has a different home in each of its major versions
-        if type(error).__name__ != "DecodeError":
-            raise
+    except Exception as error:  # binary, JSON or text: each parser has an error of its own, at home where it likes
         raise TraceError(str(path), found="no ONNX graph", expected="a file saved by onnx.save") from error
     if not model.graph.node:
         raise TraceError(str(path), found="no nodes", expected="a file saved by onnx.save")
@@ -139,6 +142,7 @@ def from_onnx(path: str | Path) -> Source:
             expected=f"opset {OLDEST_OPSET} or newer",
             do="export the model again, or convert it with onnx.version_converter and check the result",
         )
+    _require_ranks(model, path)
     _load_external(model, path)
     return Source(name=path.stem, model=model, inputs={}, outputs=(), dynamic={})
 
@@ -248,6 +252,10 @@ def load_python(path: Path) -> ModuleType:
         raise TraceError(
             str(path), found=_first_line(error), do="install what the file imports (see its README)"
         ) from error
+    except PacklightError:
+        raise
+    except Exception as error:  # the caller's file may raise anything
+        raise TraceError(f"{path}: running it failed", found=f"{type(error).__name__}: {_first_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -264,6 +272,8 @@ def _check_names(inputs: Mapping[str, Array], outputs: Sequence[str], dynamic: M
     for name, axes in dynamic.items():
         if name not in inputs and name not in outputs:
             raise TraceError("dynamic", found=repr(name), expected=f"one of {', '.join([*inputs, *outputs])}")
+        if not isinstance(axes, Mapping) or not all(type(a) is int and isinstance(axes[a], str) for a in axes):
+            raise TraceError(f"dynamic: {name}", found=repr(axes)[:80], expected='{axis: label}, as in {0: "batch"}')
         for axis in axes:
             if name in inputs and not 0 <= axis < inputs[name].ndim:
                 raise TraceError(f"dynamic: {name}", found=f"axis {axis}", expected=f"0..{inputs[name].ndim - 1}")
@@ -342,7 +352,29 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
             )
         if not target.is_file():
             raise TraceError(f"{path}: tensor {tensor.name}", found=f"no file {location}", expected="its weights")
-    onnx.external_data_helper.load_external_data_for_model(model, str(root))
+    try:
+        onnx.external_data_helper.load_external_data_for_model(model, str(root))
+    except (ValueError, OSError) as error:
+        raise TraceError(
+            f"{path}: external data",
+            found=_first_line(error),
+            expected="the weights as they were saved",
+            do="copy them again",
+        ) from error
+
+
+def _require_ranks(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse an input that is no tensor, or one of unknown rank: no batch could be held against it."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        kind = value.type.WhichOneof("value")
+        if value.name not in weights and (kind != "tensor_type" or not value.type.tensor_type.HasField("shape")):
+            raise TraceError(
+                f"{path}: input {value.name}",
+                found="no shape" if kind == "tensor_type" else str(kind),
+                expected="a tensor with a number of axes (their sizes may be open)",
+                do="export the model again with the shapes of its inputs",
+            )
 
 
 def _first_line(error: BaseException) -> str:

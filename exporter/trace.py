@@ -59,6 +59,7 @@ def to_onnx(source: Source) -> Traced:
     failures: list[str] = []
     faults: list[str] = []
     with _evaluating(source) as module:
+        _require_float32(source, module)
         references = _references(source, module)
         for name, export in _EXPORTERS.items():
             try:
@@ -103,7 +104,7 @@ def _dynamo(source: Source, module: Any) -> ir.Model:
             verbose=False,
         )
     else:
-        args, kwargs = _call(source, module, _widened(source))
+        args, kwargs = _call(module, _widened(source))
         program = torch.onnx.export(
             module, args, kwargs=kwargs, input_names=[*source.inputs], output_names=[*source.outputs],
             dynamic_shapes=shapes if kwargs else tuple(shapes.values()), opset_version=OPSET, dynamo=True, verbose=False,
@@ -123,7 +124,7 @@ def _symbol(label: str) -> str:
 def _torchscript(source: Source, module: Any) -> ir.Model:
     if isinstance(source.model, torch.export.ExportedProgram):
         raise TypeError("an exported program has no TorchScript form")
-    args, kwargs = _call(source, module, _widened(source))
+    args, kwargs = _call(module, _widened(source))
     buffer: Any = io.BytesIO()  # torch says it takes a path; its TorchScript exporter takes a file too
     # named arguments become positional ones in forward's order, whatever order they are given in
     names = (
@@ -169,6 +170,21 @@ def _evaluating(source: Source) -> Iterator[Any]:
             part.training = training
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _require_float32(source: Source, module: Any) -> None:
+    """Half precision is not what is proved equal, nor what int8 is made from."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.dtype in _HALF:
+            raise TraceError(
+                f"{source.name}: parameter {name}",
+                found=str(value.dtype).removeprefix("torch."),
+                expected="float32",
+                do="call .float() on the module",
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reference:
     """What torch gives for one batch, and how near the graph must come to it."""
@@ -195,7 +211,7 @@ def _references(source: Source, module: Any) -> list[_Reference]:
 
 
 def _torch_outputs(source: Source, module: Any, batch: Batch) -> dict[str, Array]:
-    args, kwargs = _call(source, module, batch)
+    args, kwargs = _call(module, batch)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -214,10 +230,19 @@ def _torch_outputs(source: Source, module: Any, batch: Batch) -> dict[str, Array
             found=f"{len(source.outputs)} names ({', '.join(source.outputs)}) for {len(leaves)} tensors",
             expected="one name per tensor",
         )
-    return {name: leaf.detach().cpu().numpy() for name, leaf in zip(source.outputs, leaves, strict=True)}
+    named = dict(zip(source.outputs, leaves, strict=True))
+    for name, leaf in named.items():
+        if leaf.dtype == torch.bfloat16 or leaf.layout != torch.strided:
+            raise TraceError(
+                f"{source.name}: output {name}",
+                found=f"{leaf.dtype}, {leaf.layout}".replace("torch.", ""),
+                expected="a dense tensor of a type that numpy has",
+                do="call .float() or .to_dense() on it in forward",
+            )
+    return {name: leaf.detach().cpu().resolve_conj().resolve_neg().numpy() for name, leaf in named.items()}
 
 
-def _call(source: Source, module: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call(module: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional arguments, or named ones when every input is an argument of forward in another order."""
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
     code = getattr(getattr(type(module), "forward", None), "__code__", None)

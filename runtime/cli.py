@@ -5,6 +5,7 @@ Exit status: 0 met, 1 not met, 2 could not run.
 
 from __future__ import annotations
 
+import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -38,11 +39,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print the value the API retu
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; errors of ours become one line on stderr and exit status 2."""
+    """Run the command line; errors of ours become one line on stderr and exit status 2, all others a traceback before it."""
     try:
         app(args, prog_name="packlight")
     except (PacklightError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+    except Exception as error:  # status 1 is for a budget that is not met
+        typer.echo(traceback.format_exc(), err=True)
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        typer.echo(f"error: this is a fault of packlight's or of your file: found {said}", err=True)
         raise SystemExit(2) from None
 
 

@@ -1,4 +1,4 @@
-"""One Report value, and text, JSON, Markdown and HTML views of it."""
+"""One Report value, and text, JSON and HTML views of it."""
 
 from exporter.report.make import files, make, manifest, timed
 from exporter.report.value import FloatLayer, KernelCount, Report

@@ -177,3 +177,59 @@ def test_digest_tells_every_change_of_value_shape_dtype_and_name(values: list[in
     variants = [{"x": array}, {"x": changed}, {"x": array.reshape(2, 3)}, {"x": array.astype(other)}, {"y": array}]
     assert len({batches.digest(batch) for batch in variants}) == len(variants)
     assert batches.digest({"x": array, "y": changed}) == batches.digest({"y": changed.copy(), "x": array.copy()})
+
+
+def npz(path: Path) -> bytes:
+    np.savez_compressed(path, **image(1, 200))
+    return path.read_bytes()
+
+
+def test_damaged_and_misnamed_files_are_refused(tmp_path: Path) -> None:
+    content = bytearray(npz(tmp_path / "good.npz"))
+    (tmp_path / "short.npz").write_bytes(content[: len(content) // 2])
+    content[60:70] = bytes(255 - byte for byte in content[60:70])
+    (tmp_path / "flipped.npz").write_bytes(content)
+    np.save(tmp_path / "one.npy", image(1)["image"])
+    (tmp_path / "array.npz").write_bytes((tmp_path / "one.npy").read_bytes())
+    (tmp_path / "archive.npy").write_bytes((tmp_path / "good.npz").read_bytes())
+    (tmp_path / "short.npy").write_bytes((tmp_path / "one.npy").read_bytes()[:-3])
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name in ("short.npz", "flipped.npz", "array.npz", "archive.npy", "short.npy", "empty.npy"):
+        assert f"{name}: found " in str(refusal(tmp_path / name)), name
+
+
+def test_tensors_and_lists_that_numpy_has_no_form_of_are_refused_by_name() -> None:
+    conjugate = torch.ones(2, 3, dtype=torch.complex64).conj()
+    for value in (torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3).to_sparse(), conjugate, [[1.0], [1.0, 2.0]]):
+        error = refusal([{"image": value}])
+        assert error.tensor == "image"
+        assert str(error).startswith("input 'image': found ")
+
+
+def test_one_name_of_a_dimension_is_one_size_over_all_inputs() -> None:
+    error = refusal([image(1, 2) | {"ids": np.zeros((3, 5), np.int64)}], IMAGE, IDS)
+    assert "batch 0: input 'ids': found batch = 3, expected batch = 2, as in 'image'" in str(error)
+    assert (error.tensor, error.batch) == ("ids", 0)
+
+
+@pytest.mark.parametrize(
+    ("heldout", "says"),
+    [
+        (image(1), "heldout: found one dict"),
+        ([], "heldout: no batches"),
+        ([{"picture": image(1)["image"]}], "heldout batch 0: found inputs picture"),
+        ("nowhere.npz", "nowhere.npz: found "),
+    ],
+)
+def test_mistakes_in_heldout_data_are_found_with_those_in_calibration_data(heldout: object, says: str) -> None:
+    with pytest.raises(CalibrationError, match=says):
+        batches.split([image(1)], heldout, (IMAGE,))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_few_batches_to_keep_one_apart_are_found_at_once(count: int) -> None:
+    with pytest.raises(
+        CalibrationError, match=f"heldout: no data.*: found {count}, expected at least 4; give held-out"
+    ):
+        batches.split([image(1)] * count, None, (IMAGE,))
+    assert fills(batches.split([image(1)] * count, [image(2)], (IMAGE,)).heldout()) == [2]

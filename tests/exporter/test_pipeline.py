@@ -177,6 +177,23 @@ def test_folder_that_is_no_bundle_is_refused_before_any_work(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_recipe_that_was_changed_in_python_is_refused_before_any_work(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "to_onnx", lambda source: pytest.fail("traced"))
+    changed = VNNI.model_copy(update={"budget": VNNI.budget.model_copy(update={"min_snr_db": 0.0})})
+    with pytest.raises(RecipeError, match="its text: found other values than the recipe's"):
+        exporter.export(exporter.from_onnx(onnx_file), changed, batches(1, 4), out=tmp_path / "b")
+
+
+def test_one_dict_as_heldout_is_refused_before_any_work(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "to_onnx", lambda source: pytest.fail("traced"))
+    with pytest.raises(CalibrationError, match="heldout: found one dict"):
+        export(onnx_file, tmp_path / "b", heldout=next(batches(2, 1)))
+
+
 def test_unknown_target_is_refused_before_any_work(
     onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

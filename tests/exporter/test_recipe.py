@@ -6,6 +6,7 @@ import pydantic
 import pytest
 
 from exporter import recipe, target
+from exporter.errors import RecipeError
 from exporter.recipe import load_recipe
 
 WHOLE = """
@@ -76,3 +77,15 @@ def test_equal_files_are_equal_values_that_nothing_changes() -> None:
     assert found == recipe.parse(WHOLE, "b.toml") and hash(found) == hash(recipe.parse(WHOLE, "b.toml"))
     with pytest.raises(pydantic.ValidationError):
         found.target = "x86-vnni"  # type: ignore[misc]
+
+
+def test_recipe_that_its_text_does_not_say_is_refused() -> None:
+    portable = recipe.load_recipe("portable")
+    recipe.require_own_text(portable)
+    for lie in (
+        portable.model_copy(update={"name": "mine"}),
+        recipe.Recipe(format=1, name="mine", target="portable"),
+        portable.model_copy(update={"text": "no TOML"}),
+    ):
+        with pytest.raises(RecipeError, match="expected the TOML it was read from; write it as TOML"):
+            recipe.require_own_text(lie)

@@ -304,3 +304,44 @@ def test_file_that_is_missing_or_needs_an_absent_package_says_so(tmp_path: Path)
     (tmp_path / "needs.py").write_text("import no_such_package_of_ours\n")
     with pytest.raises(TraceError, match="No module named 'no_such_package_of_ours'; install what the file imports"):
         source.from_file(str(tmp_path / "needs.py"))
+
+
+@pytest.mark.parametrize("dynamic", [{"x": [0]}, {"x": {"0": "b"}}, {"x": {0: 1}}, {"x": {True: "b"}}])
+def test_dynamic_in_another_form_is_refused_with_the_right_one(dynamic: object) -> None:
+    with pytest.raises(TraceError, match=r'dynamic: x: found .*, expected \{axis: label\}, as in \{0: "batch"\}'):
+        exporter.from_module(nn.Linear(16, 4), {"x": X}, ["y"], dynamic)  # type: ignore[arg-type]
+
+
+def test_inputs_without_names_are_refused() -> None:
+    with pytest.raises(TraceError, match="inputs: found Tensor, expected a dict"):
+        exporter.from_module(nn.Linear(16, 4), torch.ones(2, 16), ["y"])  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:The onnxtxt format")
+@pytest.mark.parametrize("suffix", ["json", "textproto", "onnxtxt"])
+def test_other_files_with_a_suffix_that_onnx_knows_are_refused(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"m.{suffix}").write_text("no model {")
+    with pytest.raises(TraceError, match="found no ONNX graph, expected a file saved by onnx.save"):
+        exporter.from_onnx(tmp_path / f"m.{suffix}")
+
+
+def test_external_data_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    proto = graphs.proto("(float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", {"w": graphs.noise(1, 4, 4)})
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    (tmp_path / "w.bin").write_bytes((tmp_path / "w.bin").read_bytes()[:5])
+    with pytest.raises(TraceError, match="external data: found .*5 bytes"):
+        exporter.from_onnx(tmp_path / "m.onnx")
+
+
+def test_input_of_unknown_rank_is_refused_in_words(tmp_path: Path) -> None:
+    proto = graphs.proto("(float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(TraceError, match="input x: found no shape, expected a tensor with a number of axes"):
+        exporter.from_onnx(tmp_path / "m.onnx")
+
+
+def test_error_inside_a_python_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    with pytest.raises(TraceError, match=r"bad\.py: running it failed: found ZeroDivisionError: division by zero"):
+        source.from_file(str(tmp_path / "bad.py"))

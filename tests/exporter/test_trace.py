@@ -236,3 +236,17 @@ def test_onnx_file_is_its_own_graph() -> None:
     proto = graphs.proto("(float[N,4] x) => (float[N,4] y) { [r] y = Relu(x) }")
     traced = trace.to_onnx(Source(name="m", model=proto, inputs={}, outputs=(), dynamic={}))
     assert (traced.exporter, traced.sizes, graphs.op_types(traced.model)) == ("onnx", (), ["Relu"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_module_is_told_to_call_float(dtype: torch.dtype) -> None:
+    error = refused(nn.Linear(16, 4).to(dtype), {"x": X})
+    assert f"found {str(dtype)[6:]}, expected float32; call .float() on the module" in str(error)
+
+
+def test_output_that_numpy_has_no_form_of_is_refused_by_name() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(torch.bfloat16)
+
+    assert "Half: output y: found bfloat16, strided" in str(refused(Half(), {"x": X}))

@@ -157,3 +157,17 @@ def test_module_is_the_command(bundle_folder: Path) -> None:
 def test_canonical_bench_round_trips(bundle_folder: Path) -> None:
     timing = runtime.bench(runtime.load(bundle_folder, threads=1), rounds=1)
     assert runtime.Timing(**json.loads(canonical(timing))) == timing
+
+
+def test_error_of_nobodys_is_2_with_a_traceback_and_one_line(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("a fault\nof ours")
+
+    monkeypatch.setattr(cli, "load", broken)
+    assert call("check", bundle_folder) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Traceback")
+    last = "error: this is a fault of packlight's or of your file: found ZeroDivisionError: a fault of ours"
+    assert err.splitlines()[-1] == last
