@@ -2,6 +2,7 @@
 
 1. An older graph is converted operator by operator: per-channel DequantizeLinear exists from 13 on, LayerNormalization
    from 17, Gelu from 20, so 20 is what the other rewrites can count on.
+   Functions of the file are inlined first: the converter does not look into them.
 2. A graph at OPSET or newer is left alone.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 from onnx import version_converter
+from onnx_ir.passes.common import InlinePass
 
 from exporter.errors import TraceError
 from exporter.trace import OPSET
@@ -19,6 +21,7 @@ def rewrite(model: ir.Model) -> int:
     found = model.opset_imports.get("", 0)
     if found >= OPSET:
         return 0
+    InlinePass()(model)
     try:
         raised = version_converter.convert_version(ir.serde.serialize_model(model), OPSET)
         onnx.checker.check_model(raised)

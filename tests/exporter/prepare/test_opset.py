@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from exporter import graph, proof, trace
 from exporter.errors import TraceError
-from exporter.prepare import opset
+from exporter.prepare import constants, opset
 from tests.exporter import graphs
 
 
@@ -39,3 +41,18 @@ def test_graph_that_cannot_be_raised_is_refused() -> None:
         TraceError, match="opset 13 cannot be raised to 20: found .*; export the model again at opset 20"
     ):
         opset.rewrite(model)
+
+
+def test_function_of_an_older_file_is_raised_too() -> None:
+    """ReduceMean took axes as an attribute until 18."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+    g (float[N,4,3,3] x) => (float[N,4] y) { y = own.pool(x) }
+    <opset_import: ["" : 17], domain: "own">
+    pool (a) => (b) { b = ReduceMean<axes=[2,3], keepdims=0>(a) }"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    batch = {"x": graphs.noise(0, 2, 4, 3, 3)}
+    before = graph.runner(model)(batch)
+    assert opset.rewrite(model) == 1
+    constants.rewrite(model)
+    assert graphs.op_types(model) == ["ReduceMean"] and not model.functions
+    assert proof.difference(before, graph.runner(model)(batch)) == ""
