@@ -308,7 +308,7 @@ def test_conv_that_a_branch_reads_stays_float_and_the_graph_still_quantizes() ->
         }""",
         {"w": graphs.noise(1, 4, 3, 1, 1), "v": graphs.noise(2, 4, 4, 1, 1)},
     )
-    plan, ranges = graphs.planned(model, {"x": graphs.noise(0, 2, 3, 6, 6), "c": np.array(True)})
+    plan, _ = graphs.planned(model, {"x": graphs.noise(0, 2, 3, 6, 6), "c": np.array(True)})
     assert plan.int8 == ()
     assert {d.reason for d in plan.decisions if d.op_type == "Conv"} == {
         "a branch or loop body reads its output, in float"

@@ -20,7 +20,7 @@ from runtime.probe import Probe, write_probe
 Array = NDArray[Any]
 IMAGE = (3, 16, 16)
 CLASSES = 10
-# Multiply-adds of `classifier` for one image, by hand: conv 3x3 3 -> 24 at 16x16, depthwise 3x3 stride 2 -> 8x8, 1x1 24 -> 16, gemm.
+# Multiply-adds of `classifier` for one image, by hand: conv 3x3 3 -> 24 at 16x16, depthwise stride 2 -> 8x8, 1x1 24 -> 16, gemm.
 CLASSIFIER_MACS = 24 * 16 * 16 * 3 * 9 + 24 * 8 * 8 * 9 + 16 * 8 * 8 * 24 + 16 * 8 * 8 * CLASSES
 PLAN = """# node | op_type | precision | reason
 conv | Conv | int8 | the target runs Conv in integers
