@@ -2,16 +2,21 @@
 
 1. Doc strings and metadata (stack traces, source paths, module scopes of the tracer) are removed.
 2. A node without a name, or with a name already taken, is called after its first output.
+   Line breaks and "|" in a name become "_": a node is one field of one line in plan.txt, whose fields "|" separates.
 3. A tensor `x_scale` beside a tensor `x` is renamed: it is what ONNX Runtime's quantizer calls the scale of x. So are
    the other names it makes up. Of two where one is an input or output of the graph, the other is renamed.
 """
 
 from __future__ import annotations
 
+import re
+
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from exporter.prepare import edit
+
+ONE_FIELD = re.compile(r"[|\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")  # what str.splitlines splits at
 
 
 def rewrite(model: ir.Model) -> int:
@@ -20,8 +25,11 @@ def rewrite(model: ir.Model) -> int:
     model.producer_name, model.producer_version = "packlight", ""
     taken: set[str] = set()
     for node in model.graph:
+        plain = ONE_FIELD.sub("_", node.name or "").strip()
+        modified |= plain != (node.name or "")
+        node.name = plain
         if not node.name or node.name in taken:
-            base = node.outputs[0].name or node.op_type
+            base = ONE_FIELD.sub("_", node.outputs[0].name or "").strip() or node.op_type
             node.name = next(
                 name for name in (base, *(f"{base}_{i}" for i in range(len(taken) + 1))) if name not in taken
             )

@@ -75,3 +75,12 @@ def test_tensor_that_only_ends_like_a_scale_keeps_its_name() -> None:
     model = graphs.model("(float[N,4] x) => (float[N,4] y) { y = Mul(x, logit_scale) }", {"logit_scale": np.float32(2)})
     names.rewrite(model)
     assert list(model.graph.initializers) == ["logit_scale"]
+
+
+def test_node_name_that_would_break_a_line_or_a_field_of_the_plan_is_changed() -> None:
+    model = graphs.model("(float[N,4] x) => (float[N,4] y) { a = Relu(x)\n b = Tanh(a)\n c = Neg(b)\n y = Abs(c) }")
+    for node, name in zip(model.graph, ("a | b", "a\r\nb", "a_b", "block 1"), strict=True):
+        node.name = name
+    assert names.rewrite(model) == 1
+    assert [node.name for node in model.graph] == ["a _ b", "a_b", "c", "block 1"]
+    assert names.rewrite(model) == 0
