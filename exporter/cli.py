@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,7 +109,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="packlight-demo-") as folder:
         place = out or Path(folder) / "digits"
         seen, unseen = _data(sample.calibration, None, None), _data(sample.heldout, None, None)
-        report = _export(sample.source(), recipe, seen, unseen, place)
+        report = _export(_own(sample.source), recipe, seen, unseen, place)
         _finish(report, _scores(place, sample), out, as_json)
 
 
@@ -129,7 +130,7 @@ def _read(
         return from_pretrained(source, task), _given(calibration), _given(heldout), None
     sample = from_file(source)
     return (
-        sample.source(),
+        _own(sample.source),
         _data(sample.calibration, calibration, images),
         _data(sample.heldout, heldout, images),
         sample,
@@ -140,13 +141,11 @@ def _data(function: Callable[..., Any] | None, given: str | None, images: Path |
     """What the command line gave, else what the sample's function returns."""
     if given is not None or function is None:
         return _given(given)
-    if images is None:
-        return function()
-    if "images" not in inspect.signature(function).parameters:
+    if images is not None and "images" not in inspect.signature(function).parameters:
         raise CalibrationError(
             "--images", found=f"{function.__name__}() takes no images", expected=f"{function.__name__}(images)"
         )
-    return function(images=images)
+    return _own(function, images=images)
 
 
 def _given(text: str | None) -> Any:
@@ -159,7 +158,36 @@ def _given(text: str | None) -> Any:
     function = getattr(load_python(Path(path)), name, None)
     if not callable(function):
         raise CalibrationError(text, found=f"no function {name}", expected="a function that returns batches")
-    return function()
+    return _own(function)
+
+
+def _own(function: Callable[..., Any], *given: Any, images: Path | None = None) -> Any:
+    """What a function of the user's file returns; an error inside it, or inside the generator that it is, names it."""
+    try:
+        made = function(*given) if images is None else function(images=images)
+    except PacklightError:
+        raise
+    except Exception as error:  # theirs may be any
+        raise _fault(function, error) from error
+    return _watched(function, made) if isinstance(made, Iterator) else made
+
+
+def _watched(function: Callable[..., Any], stream: Iterator[T]) -> Iterator[T]:
+    try:
+        yield from stream
+    except PacklightError:
+        raise
+    except Exception as error:
+        raise _fault(function, error) from error
+
+
+def _fault(function: Callable[..., Any], error: Exception) -> PacklightError:
+    """`calibration() of your file: found ValueError: ... (sample.py:12)`: the last line of their file that ran."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == inspect.getfile(function)] or frames
+    where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+    said = f"{type(error).__name__}: {error}"[:200]
+    return PacklightError(f"{function.__name__}() of your file", found=f"{said} ({where})")
 
 
 def _export(source: Source, recipe: Recipe, seen: Any, unseen: Any, out: Path) -> Report:
@@ -191,8 +219,8 @@ def _scores(out: Path, sample: Sample | None) -> dict[str, tuple[float, float]]:
     bundle = load(out)
     fp32 = open_session(out / manifests.FP32)
     names = [output.name for output in fp32.get_outputs()]
-    reference = sample.evaluate(lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
-    candidate = sample.evaluate(bundle.run)
+    reference = _own(sample.evaluate, lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
+    candidate = _own(sample.evaluate, bundle.run)
     return {metric: (float(reference[metric]), float(candidate[metric])) for metric in reference}
 
 
@@ -200,20 +228,21 @@ def _console() -> Console:
     """A console on a copy of stderr: while a tracer works, stderr itself is kept quiet, and the bars go on."""
     if not sys.stderr.isatty():
         return Console(stderr=True)
-    return Console(file=open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"))
+    return Console(file=open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"))  # Terminal closes it
 
 
 class Terminal:
     """Draws the stages on stderr: a spinner and the stage's name, and a bar where batches are counted."""
 
     def __init__(self) -> None:
+        self._console = _console()
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓[/green]"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            console=_console(),
+            console=self._console,
             disable=not sys.stderr.isatty(),
         )
 
@@ -225,6 +254,8 @@ class Terminal:
         if failure[0] is None:
             self._end()
         self._bars.stop()
+        if self._console.file is not sys.stderr:
+            self._console.file.close()
 
     def stage(self, text: str) -> None:
         self._end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -216,3 +217,39 @@ def test_export_on_a_device_says_what_to_install() -> None:
     ran = on_a_device("export", "model.onnx")
     assert ran.returncode == 2
     assert "pip install 'packlight[export]'" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "becomes", "says"),
+    [
+        (
+            "def calibration(): return rows(0)",
+            "def calibration():\n    yield rows(0)[0]\n    yield {}['gone']",
+            "KeyError",
+        ),
+        ("def heldout(): return rows(50)", "def heldout(): return rows(50) / 0", "TypeError"),
+        ("    torch.manual_seed(0)", "    raise ValueError('no weights')", "ValueError: no weights"),
+        ("def evaluate(run): return", "def evaluate(run): return 1 / 0,", "ZeroDivisionError"),
+    ],
+)
+def test_error_in_the_users_own_function_is_one_line_that_names_it(
+    line: str, becomes: str, says: str, tmp_path: Path, capsys: Captured
+) -> None:
+    assert line in SAMPLE
+    (tmp_path / "sample.py").write_text(SAMPLE.replace(line, becomes))
+    assert call("export", tmp_path, "--out", tmp_path / "b") == 2
+    said, err = capsys.readouterr()
+    assert said == "" and len(err.splitlines()) == 1
+    assert "() of your file: found " in err and says in err and "(sample.py:" in err
+
+
+def test_terminal_closes_its_copy_of_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = os.openpty()
+    with open(outside, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        before = set(os.listdir("/dev/fd"))
+        with exporter_cli.Terminal() as progress:
+            progress.stage("work")
+        assert set(os.listdir("/dev/fd")) == before
+        monkeypatch.undo()
+    os.close(inside)
