@@ -6,10 +6,14 @@ import json
 import re
 from dataclasses import fields, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
+import exporter
 import runtime
 from exporter import Report
 from exporter.correct import Correction
@@ -17,6 +21,7 @@ from exporter.report import FloatLayer, text
 from exporter.target import X86_VNNI
 from runtime import manifest as manifests
 from runtime.drift import Drift, OutputDrift
+from tests.exporter import graphs
 from tests.exporter.conftest import Exported
 
 
@@ -117,3 +122,23 @@ def test_manifest_says_inputs_outputs_target_session_budget_and_versions(exporte
     assert found.versions["onnxruntime"] == onnxruntime.__version__
     assert {"onnx", "torch", "numpy"} <= found.versions.keys()
     assert manifests.loads((exported.folder / "manifest.json").read_text(), "m") == found
+
+
+def test_layer_inside_a_branch_is_listed_as_float_with_its_reason(tmp_path: Path) -> None:
+    proto = graphs.proto(
+        """(float[N,3,6,6] x, bool[1] c) => (float[N,4,6,6] y) {
+            [a] h = Conv(x, w)
+            z = Relu(h)
+            y = If (c) <then_branch = t () => (float[N,4,6,6] p) { [inner] p = Conv(z, v) },
+                        else_branch = e () => (float[N,4,6,6] q) { q = Neg(z) }>
+        }""",
+        {"w": graphs.noise(1, 4, 3, 1, 1), "v": graphs.noise(2, 4, 4, 1, 1)},
+    )
+    onnx.save(proto, tmp_path / "if.onnx")
+    seen = [{"x": graphs.noise(n, 1, 3, 6, 6), "c": np.array([True])} for n in range(8)]
+    source, recipe = exporter.from_onnx(tmp_path / "if.onnx"), exporter.load_recipe("portable")
+    report = exporter.export(source, recipe, calibration=seen, out=tmp_path / "b")
+    assert [(layer.node, layer.macs, layer.reason) for layer in report.float_layers] == [
+        ("inner", 4 * 4 * 36, "inside a branch or loop body, which is not quantized")
+    ]
+    assert report.integer_macs == pytest.approx(3 / 7)
