@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -182,6 +181,8 @@ def _plain_file(file: Path) -> None:
 
 def _portable(model: Path) -> None:
     """Refuse a model that names the domain NOT_PORTABLE anywhere; a domain stands in the file as plain text."""
+    import mmap  # here and not above: `import runtime` need not load it
+
     if not model.stat().st_size:
         _refuse(model, found="an empty file", expected="an ONNX model")
     with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

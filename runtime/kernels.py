@@ -9,7 +9,6 @@ session, without prepacking and without NCHWc, tells types, shapes and the model
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -52,7 +51,7 @@ SHORT = {"float": "f32", "double": "f64", "float16": "f16", "bfloat16": "bf16", 
 CONTAINERS = frozenset({"Loop", "Scan", "If"})  # their time is their bodies', whose nodes are listed too
 NCHWC, EVENT = "_nchwc", "_kernel_time"
 # The NHWC pass renames each node it moves, with a number that depends on what other passes did before it
-MOVED = re.compile(r"_token_\d+$")
+MOVED = r"_token_\d+$"
 LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
 
 
@@ -155,6 +154,7 @@ _Nodes = dict[tuple[str, str], list[_Event]]  # (name, number) -> its events, ov
 def _profile(
     model: Path, inputs: Mapping[str, Array], threads: int, entries: Mapping[str, str], runs: int
 ) -> list[_Event]:
+    import json  # here and not above, as below
     import tempfile  # here: `import runtime` need not pay for it
 
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
@@ -175,7 +175,7 @@ def _events(profile: list[dict[str, Any]]) -> Iterator[_Event]:
         if each.get("cat") == "Node" and each["name"].endswith(EVENT):
             args = each["args"]
             yield _Event(
-                name=MOVED.sub("", each["name"].removesuffix(EVENT)),
+                name=re.sub(MOVED, "", each["name"].removesuffix(EVENT)),
                 number=args.get("node_index", ""),
                 kernel=args["op_name"],
                 us=float(each["dur"]),

@@ -8,7 +8,6 @@ docs/format.md is the normative text.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -29,8 +28,8 @@ OPTIONAL = frozenset({FP32})
 DTYPES = frozenset(
     {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"}
 )
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")  # no folder, not hidden, the same on every file system
-HEX = re.compile(r"[0-9a-f]{64}")
+PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"  # no folder, not hidden, the same on every file system
+HEX = r"[0-9a-f]{64}"
 # Session entries that change how a model computes, and neither read nor write files (ONNX Runtime 1.31 has some that do).
 ENTRY_NAMESPACES = ("optimization.", "mlas.")
 ENTRIES = frozenset(
@@ -108,6 +107,8 @@ def canonical(value: object) -> str:
     Raises:
         ValueError: NaN anywhere; no value of ours may hold one.
     """
+    import json  # here and not above: `import runtime` need not load it
+
     return json.dumps(_plain(value), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -139,6 +140,8 @@ def loads(text: str, where: str) -> Manifest:
         BundleError: not strict JSON, a format newer than FORMAT, an unknown or missing key, a wrong type or value; the
             message names the place, as in `manifest.json:inputs[0].dtype`.
     """
+    import json
+
     try:
         root = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json)
     except (ValueError, RecursionError) as error:
@@ -254,13 +257,15 @@ def _tensor(value: object, at: _Place) -> Tensor:
 def _dimension(value: object, at: _Place) -> int | str:
     if (_is_int(value) and value >= 0) or (isinstance(value, str) and value):
         return value
+    import json
+
     at.refuse(found=json.dumps(value)[:40], expected="a size >= 0 or a dimension's name")
 
 
 def _files(value: object, at: _Place) -> Mapping[str, File]:
     files = _mapping(value, at, _file)
     for name in files:
-        if not PLAIN_NAME.fullmatch(name) or name == MANIFEST or ".." in name:
+        if not re.fullmatch(PLAIN_NAME, name) or name == MANIFEST or ".." in name:
             at.key(name).refuse(
                 found="a name that is not allowed", expected="a plain file name in the bundle's own folder"
             )
@@ -273,7 +278,7 @@ def _files(value: object, at: _Place) -> Mapping[str, File]:
 def _file(value: object, at: _Place) -> File:
     table = _table(value, at, File)
     sha256, size = table["sha256"], table["size_bytes"]
-    if not isinstance(sha256, str) or not HEX.fullmatch(sha256):
+    if not isinstance(sha256, str) or not re.fullmatch(HEX, sha256):
         at.key("sha256").refuse(found=_kind(sha256), expected="64 lower-case hexadecimal digits")
     if not _is_int(size) or size < 0:
         at.key("size_bytes").refuse(found=_kind(size), expected="an integer >= 0")
