@@ -278,7 +278,7 @@ def _check_bias(name: str, codes: Array, scale: Array, bias: Array) -> None:
     """|bias - code · scale| <= scale per channel (round to nearest is scale/2), and no code at int32's end."""
     wide = codes.astype(np.float64)
     error = np.abs(bias.astype(np.float64) - wide * scale)
-    wrong = np.flatnonzero((error > scale * 1.0 + 1e-6 * np.abs(bias)) | (np.abs(wide) >= INT32_LIMIT))
+    wrong = np.flatnonzero((error > scale + 1e-6 * np.abs(bias)) | (np.abs(wide) >= INT32_LIMIT))
     if wrong.size:
         channel = int(wrong[0])
         raise QuantizeError(

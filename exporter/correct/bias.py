@@ -12,13 +12,14 @@ Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from exporter import graph
 from exporter.batches import Array
+from exporter.correct import layers
 from exporter.place import Plan
 from exporter.prepare import edit
 from exporter.qparams import Rounded, dequantize
@@ -26,7 +27,7 @@ from exporter.qparams import Rounded, dequantize
 
 def channels(model: ir.Model, plan: Plan) -> tuple[tuple[str, int], ...]:
     """(tensor, channel_axis) of the layer inputs whose channel means the correction needs."""
-    return tuple(dict.fromkeys(_channels(node, x) for node, x, _ in _layers(model, plan)))
+    return tuple(dict.fromkeys(_channels(node, x) for node, x, _ in layers.weighted(model, plan)))
 
 
 def correct(
@@ -41,7 +42,7 @@ def correct(
         weights: {weight initializer: its codes}, Ŵ (`quantize.weights`).
     """
     corrected = model.clone()
-    for node, x, weight in _layers(corrected, plan):
+    for node, x, weight in list(layers.weighted(corrected, plan)):
         exact, rounded = graph.constant(weight), weights.get(weight.name or "")
         if exact is None or rounded is None:
             continue
@@ -54,20 +55,6 @@ def correct(
             better = (value - shift.reshape(-1)).astype(np.float32).reshape(value.shape)
             _set_input(reader, index, edit.initializer(corrected, f"{node.name}_bias", better))
     return corrected
-
-
-def _layers(model: ir.Model, plan: Plan) -> Sequence[tuple[ir.Node, ir.Value, ir.Value]]:
-    """(node, x, W) of each int8 layer with a constant weight."""
-    int8 = set(plan.int8)
-    return [
-        (node, node.inputs[0], node.inputs[1])
-        for node in model.graph
-        if node.name in int8
-        and node.op_type in ("Conv", "Gemm", "MatMul")
-        and node.inputs[0] is not None
-        and node.inputs[1] is not None
-        and graph.constant(node.inputs[1]) is not None
-    ]
 
 
 def _channels(node: ir.Node, x: ir.Value) -> tuple[str, int]:

@@ -59,11 +59,12 @@ def improve(
     """
     rounded = rounding.under_pair_rule(model, plan) if target.pairs_in_int16 else {}
     plain = quantize.to_int8(model, plan, ranges, rounded)
+    weights = quantize.weights(plain)
     if target.pairs_in_int16:
-        _check_pairs(model, plan, quantize.weights(plain))
+        _check_pairs(model, plan, weights)
     expected = list(map(graph.runner(model), batches))
     before = _snr_db(plain, expected, batches)
-    better = quantize.to_int8(bias.correct(model, plan, means, quantize.weights(plain)), plan, ranges, rounded)
+    better = quantize.to_int8(bias.correct(model, plan, means, weights), plan, ranges, rounded)
     after = _snr_db(better, expected, batches)
     kept = after > before + WORTH_DB
     tried = Correction(name="bias", before_db=before, after_db=after, kept=kept)
@@ -71,8 +72,8 @@ def improve(
 
 
 def _check_pairs(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -> None:
-    for node in rounding.paired_layers(model, plan):
-        weight = weights.get(node.inputs[1].name or "") if node.inputs[1] is not None else None
+    for node, value in rounding.paired_layers(model, plan):
+        weight = weights.get(value.name or "")
         if weight is None or rounding.breaks_pair_rule(node, weight.codes):
             raise QuantizeError(
                 f"{node.op_type} {node.name}", found="codes that break the pair rule", expected="codes that keep it",

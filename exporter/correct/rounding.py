@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from exporter import graph
 from exporter.batches import Array
+from exporter.correct import layers
 from exporter.place import Plan
 from exporter.qparams import Rounded
 
@@ -36,8 +37,8 @@ SCALES = np.linspace(0.8, 2.0, 41)
 def under_pair_rule(model: ir.Model, plan: Plan) -> Mapping[str, Rounded]:
     """{weight initializer: its codes} of each int8 layer whose kernel pairs."""
     rounded: dict[str, Rounded] = {}
-    for node in paired_layers(model, plan):
-        name, weight = node.inputs[1].name or "", graph.constant(node.inputs[1])  # type: ignore[union-attr]
+    for node, value in paired_layers(model, plan):
+        name, weight = value.name or "", graph.constant(value)
         if name not in rounded and weight is not None:
             codes, scale = fit(_rows(node, weight))
             rounded[name] = Rounded(
@@ -46,19 +47,15 @@ def under_pair_rule(model: ir.Model, plan: Plan) -> Mapping[str, Rounded]:
     return rounded
 
 
-def paired_layers(model: ir.Model, plan: Plan) -> list[ir.Node]:
-    """The int8 layers with a constant weight whose kernel adds pairs of products in int16."""
-    int8 = set(plan.int8)
-    return [
-        node
-        for node in model.graph
-        if node.name in int8
-        and node.op_type in ("Conv", "Gemm", "MatMul")
-        and (weight := graph.constant(node.inputs[1])) is not None
-        and not (
-            node.op_type == "Conv" and weight.shape[1] == 1 and weight.shape[0] == node.attributes.get_int("group", 1)
-        )
-    ]
+def paired_layers(model: ir.Model, plan: Plan) -> list[tuple[ir.Node, ir.Value]]:
+    """(node, W) of the layers whose kernel adds pairs of products in int16: all but depthwise Conv."""
+    return [(node, weight) for node, _, weight in layers.weighted(model, plan) if not _is_depthwise(node, weight)]
+
+
+def _is_depthwise(node: ir.Node, weight: ir.Value) -> bool:
+    array = graph.constant(weight)
+    groups = node.attributes.get_int("group", 1)
+    return node.op_type == "Conv" and array is not None and array.shape[:2] == (groups, 1)
 
 
 def fit(rows: Array) -> tuple[Array, Array]:
