@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from exporter.batches import Array, Batch
 from exporter.errors import CalibrationError
 from exporter.recipe import Probe as ProbeLimits
@@ -206,11 +208,7 @@ def _kernels(int8: bytes, inputs: Batch, session: Mapping[str, str]) -> Kernels:
 
 def _check_finite(outputs: Mapping[str, Array], number: int) -> None:
     for name, value in outputs.items():
-        if (
-            value.dtype.kind == "f"
-            and value.size
-            and not (abs(value.min()) < float("inf") and abs(value.max()) < float("inf"))
-        ):
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise CalibrationError(
                 f"held-out batch {number}: output {name!r} of the FP32 model",
                 found="NaN or infinity",

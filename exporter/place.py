@@ -246,12 +246,12 @@ def _cut(
     network.add_nodes_from(("int8", "float"))
     for node in nodes:
         rule = ruled.get(node)
-        if refused[node] or (rule is not None and rule.precision == "float"):
+        by_default = "float" if _slow(node, target) else "int8" if node.op_type in target.layers else ""
+        side = "float" if refused[node] else rule.precision if rule is not None else by_default
+        if side == "float":
             network.add_edge(node, "float")  # without a capacity: never cut
-        elif rule is not None or (node.op_type in target.layers and not _slow(node, target)):
+        elif side == "int8":
             network.add_edge("int8", node)
-        elif node.op_type in target.layers:
-            network.add_edge(node, "float")
         else:
             cost = _cost(node, target, shapes)
             network.add_edge("int8", node, capacity=_picoseconds(cost.float_ns))
@@ -267,7 +267,7 @@ def _cut(
         if value.dtype == ir.DataType.FLOAT:
             _add_crossing(network, value, target, _elements(value, shapes))
     try:
-        side, _ = nx.minimum_cut(network, "int8", "float")[1]
+        chosen, _ = nx.minimum_cut(network, "int8", "float")[1]
     except nx.NetworkXUnbounded as error:
         raise RecipeError(
             "rules contradict each other",
@@ -275,7 +275,7 @@ def _cut(
             expected="both int8 or both float: the one folds into the other",
             where="rules",
         ) from error
-    return {node for node in nodes if network.has_node(node) and node in side}
+    return {node for node in nodes if network.has_node(node) and node in chosen}
 
 
 def _add_crossing(network: nx.DiGraph, value: ir.Value, target: Target, elements: int) -> None:

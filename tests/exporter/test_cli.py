@@ -16,17 +16,11 @@ import typer.testing
 import exporter
 import runtime
 from exporter import cli as exporter_cli
-from runtime import cli
+from tests.command import call
 from tests.exporter import graphs
 from tests.exporter.conftest import Exported
 
 Captured = pytest.CaptureFixture[str]
-
-
-def call(*args: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(arg) for arg in args])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture

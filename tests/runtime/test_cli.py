@@ -17,15 +17,10 @@ import runtime
 from runtime import cli
 from runtime.errors import PacklightError
 from runtime.manifest import Budget, canonical
+from tests.command import call
 from tests.runtime import models
 
 Captured = pytest.CaptureFixture[str]
-
-
-def call(*args: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(arg) for arg in args])
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture
