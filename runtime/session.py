@@ -32,6 +32,7 @@ def open_session(
     providers: Sequence[str] | None = None,
     entries: Mapping[str, str] = NO_ENTRIES,
     profile: str | Path | None = None,
+    optimized: str | Path | None = None,
 ) -> ort.InferenceSession:
     """Open a model in ONNX Runtime with every optimization.
 
@@ -41,6 +42,8 @@ def open_session(
         providers: execution providers, first choice first; None is the CPU alone.
         entries: session config entries, passed on as they are, also those this module has never heard of.
         profile: profile every run; the prefix of the JSON file that `end_profiling()` writes and names.
+        optimized: where to write the model as it is after optimization; ONNX Runtime's entry `session.save_model_format`
+            says in which format.
 
     Raises:
         PacklightError: threads < 1, or a provider this build of ONNX Runtime does not have.
@@ -60,6 +63,8 @@ def open_session(
     if profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
+    if optimized is not None:
+        settings.optimized_model_filepath = str(optimized)
     path = "" if isinstance(model, bytes) else str(model)
     try:
         for key, value in entries.items():
