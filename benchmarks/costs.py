@@ -32,7 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter import target
 from exporter.target import Cost
-from runtime.bench import cpu_name
+from runtime import cpu
 from runtime.kernels import Kernel, trace
 from runtime.session import open_session
 
@@ -237,7 +237,7 @@ def main() -> None:
     pairs = [pair for row in rows for pair in ((row[1], row[2]), (row[3], row[4]))]
     speed = statistics.median(found / given for found, given in pairs if found and given >= FREE_NS)
     print(
-        f"{cpu_name()}, onnxruntime {onnxruntime.__version__}, 1 thread; this machine takes {speed:.2f} of the table's times"
+        f"{cpu.name()}, onnxruntime {onnxruntime.__version__}, 1 thread; this machine takes {speed:.2f} of the table's times"
     )
     print(f"{'ns an element':<20}{'float':>8}{'table':>8}{'int8':>8}{'table':>8}   measured / table / {speed:.2f}")
     for op_type, float_ns, float_table, int8_ns, int8_table in rows:

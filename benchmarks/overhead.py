@@ -24,7 +24,7 @@ from pathlib import Path
 import onnxruntime
 
 import runtime
-from runtime.bench import cpu_name
+from runtime import cpu
 from runtime.session import open_session
 
 CALLS = 5000
@@ -79,7 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="packlight-overhead-") as folder:
         ours, bare = call_us(given.bundle or tiny(Path(folder) / "tiny"))
-    print(f"{cpu_name()}, onnxruntime {onnxruntime.__version__}, 1 thread")
+    print(f"{cpu.name()}, onnxruntime {onnxruntime.__version__}, 1 thread")
     print(f"Bundle.run  {ours:8.1f} us   bare session {bare:8.1f} us   overhead {ours - bare:5.1f} us (limit 20)")
     ours, bare = import_ms()
     print(f"import      {ours:8.1f} ms   onnxruntime  {bare:8.1f} ms   ratio    {ours / bare:5.2f} (limit 1.15)")

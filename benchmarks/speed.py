@@ -40,7 +40,7 @@ import exporter
 from exporter import target
 from exporter.source import from_file
 from runtime import drift
-from runtime.bench import cpu_name
+from runtime import cpu
 from runtime.kernels import trace
 from runtime.session import NO_ENTRIES, open_session
 
@@ -161,7 +161,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.samples) - set(NAMES):
         parser.error(f"no sample {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
-    print(f"{cpu_name()}, onnxruntime {onnxruntime.__version__}, 1 thread; speed: fp32 ms / ms, medians in turn")
+    print(f"{cpu.name()}, onnxruntime {onnxruntime.__version__}, 1 thread; speed: fp32 ms / ms, medians in turn")
     for name in given.samples or NAMES:
         compare(name, given.rounds)
 

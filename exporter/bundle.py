@@ -31,6 +31,13 @@ from runtime.session import ORT_ERRORS, open_session
 
 # One thread: the sums of float nodes have one order, so the recorded outputs have one value
 THREADS = 1
+# Kernels that give the same bits on every CPU of a family, beside those that compute in integers
+EXACT = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
+    | {"MaxPool", "Slice", "Split", "Gather", "Concat", "DepthToSpace", "SpaceToDepth", "Pad", "Shape", "Cast", "Expand"}
+)
+# These add a float bias behind their integer product, in one instruction or two
+ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +47,11 @@ class Recorded:
     probes: tuple[Probe, ...]
     drift: Drift
     kernels: Kernels
+
+    @property
+    def exact(self) -> bool:
+        """Whether every node ran in integers, moved values or is one rounding: nothing that depends on an order of sums."""
+        return all((k.integer and k.kernel not in ROUNDS_TWICE) or k.kernel in EXACT for k in self.kernels.kernels)
 
 
 def record(

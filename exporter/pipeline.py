@@ -70,5 +70,5 @@ def export(
     tell.stage("write the bundle, load it, time it")
     made = report.make(source, recipe, traced, prepared, split, plan, ranges, corrected, recorded, len(fp32), len(int8))
     files = report.files(made, recipe, plan, ranges, fp32, int8)
-    bundle.write(out, report.manifest(made, recipe, prepared, cpu), recorded.probes, files)
+    bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
     return report.timed(made, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
+from runtime import cpu
 from runtime import manifest as manifests
 from runtime.bundle import Bundle
 from runtime.errors import PacklightError
@@ -57,7 +57,7 @@ def measure(bundle: Bundle, rounds: int = 30) -> Timing:
         ratio=None if fp32_ms is None else fp32_ms / int8_ms,
         threads=bundle.threads,
         rounds=rounds,
-        cpu=cpu_name(),
+        cpu=cpu.name(),
         onnxruntime=ort.__version__,
     )
 
@@ -71,14 +71,3 @@ def _median_ms(turns: list[Callable[[], object]], rounds: int) -> list[float]:
             if number >= WARM_UP:
                 taken.append(time.perf_counter() - start)
     return [float(np.median(taken)) * 1e3 for taken in times]
-
-
-def cpu_name() -> str:
-    """The CPU's name as the system tells it: Linux's "model name", else what Python's platform module knows."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            lines = file.readlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine() or "unknown"

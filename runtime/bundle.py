@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,9 +37,9 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     """Read a bundle's manifest and hold every file of the folder against it.
 
     Raises:
-        BundleError: no such folder; a bad manifest (see manifest.loads); a file that is missing (model.fp32.onnx may be),
-            not listed, not a plain file of this folder, or of another size or hash; a model that only one kind of CPU
-            computes correctly.
+        BundleError: no such folder; a bad manifest (see manifest.loads); a file that is missing and may not be, not listed,
+            not a plain file of this folder, or of another size or hash; a model that only one
+            kind of CPU computes correctly.
     """
     folder = _folder(path)
     listed = _read_manifest(folder)
@@ -48,7 +49,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
             _refuse(folder / name, found="a file the manifest does not list", do="remove it, or export again")
     for name, expected in listed.files.items():
         file = folder / name
-        if name not in present and name in manifests.OPTIONAL:
+        if name not in present and _may_be_left_off(name, listed):
             continue
         _plain_file(file)
         if (size := file.stat().st_size) != expected.size_bytes:
@@ -60,30 +61,65 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     return listed
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, providers: Sequence[str] | None = None) -> Bundle:
-    """Verify a bundle and open its int8 model.
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+    *,
+    ort: bool = False,
+    strict: bool = False,
+) -> Bundle:
+    """Verify a bundle and open its int8 model. Warns where this CPU's kernels saturate on its weights (see risk()).
 
     Args:
         path: the bundle's folder.
         threads: of one operator; None is ONNX Runtime's choice.
         providers: execution providers, first choice first; None is the CPU alone.
+        ort: open model.int8.ort, the phone's file, in place of model.int8.onnx.
+        strict: refuse where it would only warn.
 
     Raises:
         BundleError: see verify(); or ONNX Runtime refuses the model, or the model is not the one the manifest describes.
     """
-    return Bundle(_folder(path), verify(path), threads, providers)
+    bundle = Bundle(_folder(path), verify(path), threads, providers, ort=ort)
+    if not bundle.manifest.pair_rule:
+        from runtime.cpu import pairs_in_int16  # here: `import runtime` need not load it
+
+        if said := risk(bundle.manifest, pairs_in_int16()):
+            if strict:
+                _refuse(bundle.path, found=said, expected="a CPU with VNNI", do="export with --target portable")
+            warnings.warn(f"{bundle.path}: {said}", RuntimeWarning, stacklevel=2)
+    return bundle
+
+
+def risk(manifest: Manifest, pairs_in_int16: bool) -> str:
+    """What a CPU that adds pairs of u8·s8 products in int16 does to this bundle, in words; empty when nothing."""
+    if manifest.pair_rule or not pairs_in_int16:
+        return ""
+    return (
+        f"made for {manifest.target}, whose weights are not held to the pair rule, and this CPU adds pairs of u8·s8 products "
+        "in int16: layers may saturate, without an error"
+    )
 
 
 class Bundle:
     """A verified bundle with its int8 model open. Arrays in, arrays out."""
 
-    __slots__ = ("_inputs", "_outputs", "_session", "manifest", "path", "providers", "threads")
+    __slots__ = ("_inputs", "_outputs", "_session", "manifest", "model", "path", "providers", "threads")
 
     def __init__(
-        self, path: Path, manifest: Manifest, threads: int | None = None, providers: Sequence[str] | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+        *,
+        ort: bool = False,
     ) -> None:
         self.path, self.manifest, self.threads = path, manifest, threads
-        model = path / manifests.INT8
+        self.model = model = path / (manifests.ORT if ort else manifests.INT8)
+        if ort and manifests.ORT not in manifest.files:
+            _refuse(model, found="nothing", expected="the phone's file", do="export with --ort")
         self._session = open_session(model, threads=threads, providers=providers, entries=manifest.session)
         self.providers = tuple(self._session.get_providers())
         _agree(model, "input", self._session.get_inputs(), manifest.inputs)
@@ -149,6 +185,11 @@ class Bundle:
             )
             for probe in read_probe(file)
         )
+
+
+def _may_be_left_off(name: str, listed: Manifest) -> bool:
+    """Whether a device needs this file: not the reference, and of the two forms of the int8 model only one."""
+    return name in manifests.OPTIONAL or (name in manifests.FORMS and manifests.ORT in listed.files)
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

@@ -6,6 +6,7 @@ Exit status: 0 met, 1 not met, 2 could not run.
 from __future__ import annotations
 
 import traceback
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -35,11 +36,23 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, as packlight export wrote it.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator; ONNX Runtime's choice by default.")]
+Ort = Annotated[bool, typer.Option("--ort", help="Run model.int8.ort, the phone's file, in place of the .onnx.")]
+Share = Annotated[
+    float | None,
+    typer.Option(
+        "--min-integer-macs",
+        min=0,
+        max=1,
+        metavar="SHARE",
+        help="Ask for this share of MACs, 0..1, in integer kernels.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the value the API returns, as JSON.")]
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors of ours become one line on stderr and exit status 2, all others a traceback before it."""
+    warnings.showwarning = _warn  # type: ignore[assignment]  # it is called with places, which we do not name
     try:
         app(args, prog_name="packlight")
     except (PacklightError, OSError) as error:
@@ -50,6 +63,11 @@ def main(args: list[str] | None = None) -> None:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         typer.echo(f"error: this is a fault of packlight's or of your file: found {said}", err=True)
         raise SystemExit(2) from None
+
+
+def _warn(message: Warning | str, *where: object) -> None:
+    """A warning as a line of ours, without the line of code that it came from."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 @app.command(context_settings=FORWARD, add_help_option=False)
@@ -69,12 +87,17 @@ def check(
     bundle: Folder,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the verdict as JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as Markdown.")] = None,
+    min_integer_macs: Share = None,
+    ort: Ort = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a bundle whose weights saturate in this CPU's kernels.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Run the bundle's own probe here and hold drift and integer share against its budget."""
-    opened = load(bundle, threads)
-    verdict = gate.check(opened)
+    """Run the bundle's own probe here: hold drift and integer share against its budget, and this device against the export."""
+    opened = load(bundle, threads, ort=ort, strict=strict)
+    verdict = gate.check(opened, min_integer_macs)
     name = opened.manifest.name
     for file, text in ((junit, gate.junit), (markdown, gate.markdown)):
         if file is not None:
@@ -121,14 +144,23 @@ def run(
 
 
 @app.command(epilog="Example: packlight explain build/lite0")
-def explain(bundle: Folder, threads: Threads = None, as_json: Json = False) -> None:
+def explain(
+    bundle: Folder,
+    min_integer_macs: Share = None,
+    ort: Ort = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
     """Show every node: the kernel that ran, its types, time and MACs, and why the plan chose so."""
-    opened = load(bundle, threads)
+    opened = load(bundle, threads, ort=ort)
     explanation = explain_bundle(opened)
     if as_json:
         typer.echo(canonical(explanation), nl=False)
     else:
         views.show(views.explanation(explanation, opened.manifest.name))
+    if min_integer_macs is not None and explanation.integer_macs < min_integer_macs:
+        typer.echo(f"integer_macs: {explanation.integer_macs:.6g} (at least {min_integer_macs:.6g}): NOT MET", err=True)
+        raise typer.Exit(1)
 
 
 def forward(command: str, args: list[str]) -> None:

@@ -20,13 +20,14 @@ BLOCK = 1 << 20  # elements turned to float64 at a time: 8 MB an array, whatever
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDrift:
-    """How far one output is from its reference, over all batches. SNR in dB; max_abs and mean_abs in the output's own unit."""
+    """How far one output is from its reference, over all batches. SNR in dB; max_abs, mean_abs, rms in the output's own unit."""
 
     name: str
     snr_db: float
     cosine: float
     max_abs: float
     mean_abs: float
+    rms: float
     same_top1: float | None
     elements: int
 
@@ -51,11 +52,11 @@ def measure(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) ->
 
         snr_db    = 20 log10(‖r‖ / ‖e‖)         inf when e = 0; -inf when r = 0 and e != 0
         cosine    = r·c / (‖r‖ ‖c‖)             1 when e = 0; 0 when only one of r, c is 0
-        max_abs   = max |e|, mean_abs = mean |e|
+        max_abs   = max |e|, mean_abs = mean |e|, rms = sqrt(mean e²)
         same_top1 = share of rows with argmax r = argmax c; only for float outputs [rows, columns >= 2], else None
 
     Where both hold the same infinity or both NaN, the element agrees and counts as 0. Where only one is finite, snr_db is
-    -inf, cosine 0, max_abs and mean_abs inf: a candidate with NaN is as bad as can be, and never unmeasurable.
+    -inf, cosine 0, max_abs, mean_abs and rms inf: a candidate with NaN is as bad as can be, and never unmeasurable.
 
     Args:
         pairs: (reference, candidate) per batch, each {output: array} with the same names and shapes; any numeric or
@@ -119,6 +120,7 @@ class _Sums:
             cosine=1.0 if self.ee == 0 else _cosine(self.rr, self.cc, self.rc),
             max_abs=self.abs_max,
             mean_abs=self.abs_sum / self.elements if self.elements else 0.0,
+            rms=math.sqrt(self.ee / self.elements) if self.elements else 0.0,
             same_top1=self.same_rows / self.rows if self.class_like and self.rows else None,
             elements=self.elements,
         )

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import onnxruntime as ort
 
 from runtime import drift as drifts
-from runtime.bundle import Bundle
+from runtime import manifest as manifests
+from runtime import memory
+from runtime.bundle import Bundle, risk
 from runtime.drift import Drift
 from runtime.errors import DriftExceeded, PacklightError
 from runtime.kernels import kernels
 from runtime.manifest import Budget, canonical
+from runtime.session import open_session
+
+if TYPE_CHECKING:
+    from runtime.cpu import Cpu
+    from runtime.drift import Array
+    from runtime.probe import Probe
+
+# A device error of 0.7 quantization errors: healthy CPUs had at most 0.68, ones that saturate 5.4 in the median
+Q_LIMIT = 0.7
+# The same file with the integer kernels left out: what is between DequantizeLinear and QuantizeLinear runs in float
+IN_FLOAT = {"session.disable_quant_qdq": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,49 +47,113 @@ class Line:
 class Verdict:
     """Whether a bundle meets its budget here, and every number behind it.
 
-    `drift` is int8 here against the recorded FP32, `device` int8 here against the int8 recorded at export; `exact` says
-    that the latter are equal element by element. `integer_macs` is the share, 0..1, of MACs in integer kernels.
+    integer_macs: share, 0..1, of the MACs in integer kernels here.
+    drift: int8 here against the recorded FP32: what a user of this device gets. It is made of three errors:
+    quantization: int8 as recorded at export against FP32: what rounding costs.
+    kernel: int8 here against the same file here with Q/DQ computed in float: what this CPU's integer kernels make of it.
+        None where that file is not in the bundle.
+    device: int8 here against int8 as recorded at export: what another CPU, or another ONNX Runtime, changes.
+    q: {output: rms(here - recorded) / rms(recorded - FP32)}: the device error in units of the quantization error.
+    exact: the int8 outputs equal the recorded ones, element by element.
+    notes: what a reader should know and no limit holds.
     """
 
     met: bool
     lines: tuple[Line, ...]
-    drift: Drift
     integer_macs: float
+    drift: Drift
+    quantization: Drift
+    kernel: Drift | None
     device: Drift
+    q: Mapping[str, float]
     exact: bool
+    cpu: Cpu
+    onnxruntime: str
+    notes: tuple[str, ...]
 
     def require(self) -> None:
         """Raise DriftExceeded, naming each limit that is not met."""
         if not self.met:
             unmet = "; ".join(str(line) for line in self.lines if not line.met)
-            raise DriftExceeded(f"budget not met, with {coverage(self.integer_macs)}", verdict=self, found=unmet)
+            do = "; ".join(self.notes)
+            raise DriftExceeded(f"budget not met, with {coverage(self.integer_macs)}", verdict=self, found=unmet, do=do)
 
     def to_json(self) -> str:
         """Canonical JSON of all fields; ±inf as in manifest.canonical."""
         return canonical(self)
 
 
-def check(bundle: Bundle) -> Verdict:
-    """Run the bundle's own probe here and judge it by the bundle's own budget. Needs neither exporter nor FP32 model."""
-    probes = bundle.probes()
+def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
+    """Run the bundle's own probe here and judge it: by its own budget, by what its target promises, and by its device error.
+
+    Needs neither exporter nor FP32 model. The limits on the device error hold for every bundle:
+
+        device_q NAME   at most Q_LIMIT: another CPU may round otherwise, but not by more than quantization did
+        exact NAME      1, on the machines that the manifest lists in exact_on (x86 from AVX2 up)
+
+    Args:
+        bundle: as loaded.
+        min_integer_macs: a share, 0..1, to ask for in place of the budget's.
+    """
+    from runtime import cpu  # here: `import runtime` need not make its class
+
+    about, probes, here_cpu = bundle.manifest, bundle.probes(), cpu.read()
     here = [bundle.run(probe.inputs) for probe in probes]
-    found = drifts.measure((probe.fp32, outputs) for probe, outputs in zip(probes, here, strict=True))
-    device = drifts.measure((probe.int8, outputs) for probe, outputs in zip(probes, here, strict=True))
-    return judge(found, kernels(bundle, probes[0].inputs).integer_macs, device, bundle.manifest.budget)
+    recorded, fp32 = [probe.int8 for probe in probes], [probe.fp32 for probe in probes]
+    quantization, device = _between(fp32, recorded), _between(recorded, here)
+    drift, q = _between(fp32, here), _q(device, quantization)
+    integer_macs = kernels(bundle, probes[0].inputs).integer_macs
+    asked = about.budget if min_integer_macs is None else replace(about.budget, min_integer_macs=min_integer_macs)
+    lines = (
+        *limits(asked, drift, integer_macs, _size(bundle), _ram(bundle)),
+        *(_line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items()),
+        *(
+            _line(f"exact {output.name}", float(output.max_abs == 0), 1.0)
+            for output in device.outputs
+            if _promised_exact(about.exact_on, here_cpu)
+        ),
+    )
+    return Verdict(
+        met=all(line.met for line in lines),
+        lines=lines,
+        integer_macs=integer_macs,
+        drift=drift,
+        quantization=quantization,
+        kernel=_kernel_error(bundle, probes, here),
+        device=device,
+        q=q,
+        exact=all(output.max_abs == 0 for output in device.outputs),
+        cpu=here_cpu,
+        onnxruntime=ort.__version__,
+        notes=tuple(_notes(bundle, here_cpu)),
+    )
 
 
-def judge(drift: Drift, integer_macs: float, device: Drift, budget: Budget) -> Verdict:
-    """Hold drift and coverage against a budget; each limit on a metric is one line per output.
+def limits(budget: Budget, drift: Drift, integer_macs: float, size_bytes: int, ram_bytes: int | None) -> Iterator[Line]:
+    """Hold what was found against a budget; each limit on a metric of drift is one line per output.
 
-    min_same_top1 holds for the outputs that have one (see drift.measure).
+    min_same_top1 holds for the outputs that have one (see drift.measure). ram_bytes may be None where no limit is on it.
 
     Raises:
         PacklightError: min_same_top1 is asked for and no output looks like classes, so the limit would hold nothing.
     """
-    lines = tuple(_lines(drift, integer_macs, budget))
-    exact = all(output.max_abs == 0 for output in device.outputs)
-    met = all(line.met for line in lines)
-    return Verdict(met=met, lines=lines, drift=drift, integer_macs=integer_macs, device=device, exact=exact)
+    whole = {"integer_macs": integer_macs, "max_size_bytes": size_bytes, "max_ram_bytes": ram_bytes}
+    for name in (field.name for field in fields(budget)):
+        limit: float | None = getattr(budget, name)
+        metric = name.removeprefix("min_")
+        if limit is None:
+            continue
+        if metric in whole:
+            found = whole[metric]
+            assert found is not None, "who asks for a limit measures it"
+            yield _line(metric, float(found), limit)
+            continue
+        outputs = [(o.name, value) for o in drift.outputs if (value := getattr(o, metric)) is not None]
+        if not outputs:
+            shape = "a float output of shape [rows, classes]"
+            raise PacklightError(f"budget {name}", found="no such output", expected=shape, do="drop the limit")
+        for output, value in outputs:
+            yield _line(f"{metric} {output}", value, limit)
 
 
 def coverage(integer_macs: float) -> str:
@@ -99,6 +180,7 @@ def junit(verdict: Verdict, name: str) -> str:
         f'    <property name="integer_macs" value="{verdict.integer_macs:.6g}"/>\n'
         f'    <property name="worst_snr_db" value="{worst:.6g}"/>\n'
         f'    <property name="exact" value="{str(verdict.exact).lower()}"/>\n'
+        f'    <property name="device_q" value="{max(verdict.q.values(), default=0.0):.6g}"/>\n'
         f"  </properties>\n{cases}</testsuite>\n"
     )
 
@@ -130,7 +212,29 @@ def markdown(verdict: Verdict, name: str) -> str:
             "|---|---|---|---|---|---|",
             *outputs,
             "",
+            "| error | SNR dB | integer MACs | of what, against what |",
+            "|---|---|---|---|",
+            *(
+                f"| {name} | {snr} | {100 * verdict.integer_macs:.1f} % | {meaning} |"
+                for name, snr, meaning in errors(verdict)
+            ),
+            "",
+            f"{_cell(verdict.cpu.name)}, onnxruntime {verdict.onnxruntime}",
+            *(f"- {note}" for note in verdict.notes),
+            "",
         ]
+    )
+
+
+def errors(verdict: Verdict) -> tuple[tuple[str, str, str], ...]:
+    """(error, SNR in dB of its worst output, of what against what): the three that drift is made of."""
+    return tuple(
+        (name, "not known" if drift is None else f"{drift.worst_snr_db:.2f}", meaning)
+        for name, drift, meaning in (
+            ("quantization", verdict.quantization, "int8 recorded at export, FP32"),
+            ("kernel", verdict.kernel, "int8 here, its own Q/DQ in float here"),
+            ("device", verdict.device, "int8 here, int8 recorded at export"),
+        )
     )
 
 
@@ -138,24 +242,11 @@ def device_text(verdict: Verdict) -> str:
     """How the int8 outputs here compare with those recorded at export, in words."""
     if verdict.exact:
         return "int8 outputs equal those recorded at export"
-    return f"int8 outputs differ from those recorded at export: SNR {verdict.device.worst_snr_db:.1f} dB between them"
-
-
-def _lines(drift: Drift, integer_macs: float, budget: Budget) -> Iterator[Line]:
-    for limit_name in (field.name for field in fields(budget)):
-        limit: float | None = getattr(budget, limit_name)
-        if limit is None:
-            continue
-        metric = limit_name.removeprefix("min_")
-        if metric == "integer_macs":
-            yield _line(metric, integer_macs, limit)
-            continue
-        found = [(o.name, value) for o in drift.outputs if (value := getattr(o, metric)) is not None]
-        if not found:
-            shape = "a float output of shape [rows, classes]"
-            raise PacklightError(f"budget {limit_name}", found="no such output", expected=shape, do="drop the limit")
-        for name, value in found:
-            yield _line(f"{metric} {name}", value, limit)
+    worst = max(verdict.q.values(), default=0.0)
+    return (
+        f"int8 outputs differ from those recorded at export: SNR {verdict.device.worst_snr_db:.1f} dB between them, "
+        f"q {worst:.2f} (at most {Q_LIMIT})"
+    )
 
 
 def _line(what: str, found: float, limit: float) -> Line:
@@ -163,7 +254,50 @@ def _line(what: str, found: float, limit: float) -> Line:
 
 
 def _is_ceiling(what: str) -> bool:
-    return what.split()[0] == "max_abs"
+    return what.startswith(("max_", "device_q"))
+
+
+def _between(reference: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> Drift:
+    return drifts.measure(zip(reference, candidate, strict=True))
+
+
+def _q(device: Drift, quantization: Drift) -> dict[str, float]:
+    """{output: rms of the device error / rms of the quantization error}: 0 without a device error, inf where only it is."""
+    pairs = zip(device.outputs, quantization.outputs, strict=True)
+    return {d.name: d.rms / q.rms if d.rms and 0 < q.rms < math.inf else (math.inf if d.rms else 0.0) for d, q in pairs}
+
+
+def _promised_exact(machines: Sequence[str], here: Cpu) -> bool:
+    """Whether the outputs must have the recorded bits: on x86 from AVX2 up, for SSE's QLinearAdd rounds otherwise."""
+    return here.machine in machines and (not here.flags or here.machine != "x86_64" or "avx2" in here.flags)
+
+
+def _kernel_error(bundle: Bundle, probes: Sequence[Probe], here: Sequence[Mapping[str, Array]]) -> Drift | None:
+    model = bundle.path / manifests.INT8
+    if not model.exists():
+        return None
+    session = open_session(model, threads=bundle.threads, entries={**bundle.manifest.session, **IN_FLOAT})
+    names = [tensor.name for tensor in bundle.manifest.outputs]
+    return drifts.measure(
+        (dict(zip(names, session.run(names, dict(probe.inputs)), strict=True)), outputs)
+        for probe, outputs in zip(probes, here, strict=True)
+    )
+
+
+def _size(bundle: Bundle) -> int:
+    return bundle.model.stat().st_size
+
+
+def _ram(bundle: Bundle) -> int | None:
+    return memory.peak_bytes(bundle) if bundle.manifest.budget.max_ram_bytes is not None else None
+
+
+def _notes(bundle: Bundle, here: Cpu) -> Iterator[str]:
+    if saturates := risk(bundle.manifest, here.pairs_in_int16):
+        yield saturates
+    made = bundle.manifest.versions.get("onnxruntime", "")
+    if made and made != ort.__version__:
+        yield f"exported with onnxruntime {made}, run here by {ort.__version__}"
 
 
 def _cell(text: str) -> str:

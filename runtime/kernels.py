@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from runtime import manifest as manifests
 from runtime.bundle import Bundle
 from runtime.errors import PacklightError
 from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session
@@ -93,7 +92,7 @@ def kernels(bundle: Bundle, inputs: Mapping[str, Array] | None = None) -> Kernel
     """The kernels of a bundle's int8 model on `inputs`, by default the probe's first batch."""
     feed = bundle.probes()[0].inputs if inputs is None else inputs
     bundle.run(feed)  # names, dtypes and shapes are refused here, in words
-    return trace(bundle.path / manifests.INT8, feed, threads=bundle.threads or 1, entries=bundle.manifest.session)
+    return trace(bundle.model, feed, threads=bundle.threads or 1, entries=bundle.manifest.session)
 
 
 def trace(

@@ -1,7 +1,7 @@
 """The bundle's format: what a manifest says, read strictly and written as canonical JSON; the vocabulary both packages share.
 
 A bundle is a flat folder. manifest.json is trusted first, names every other file with size and SHA-256, and is itself not
-listed. Every listed file must be there, except model.fp32.onnx, the one file that may be left off a device.
+listed. Every listed file must be there, except model.fp32.onnx and, of model.int8.onnx and model.int8.ort, one.
 docs/format.md is the normative text.
 """
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, INT8, FP32, PROBE = "manifest.json", "model.int8.onnx", "model.fp32.onnx", "probe.npz"
+ORT, OPERATORS = "model.int8.ort", "required_operators_and_types.config"
 OPTIONAL = frozenset({FP32})
+FORMS = (INT8, ORT)  # of the int8 model; where the manifest lists both, a device needs one
 
 # The tensor types that both numpy and ONNX have.
 DTYPES = frozenset(
@@ -63,18 +65,35 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The limits asked for; None is no limit, and a limit holds for every output. Units as in docs/drift.md; shares in 0..1."""
+    """The limits asked for; None is no limit. One on drift holds for every output, in units of docs/drift.md; shares in 0..1.
+
+    max_size_bytes: of the model that runs. max_ram_bytes: what opening and running it once adds to the memory of a process.
+    """
 
     min_snr_db: float | None = None
     min_cosine: float | None = None
     max_abs: float | None = None
     min_same_top1: float | None = None
     min_integer_macs: float | None = None
+    max_size_bytes: float | None = None
+    max_ram_bytes: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The CPU on which the int8 outputs of the probe were recorded: its family, and its flags that decide int8 kernels."""
+
+    machine: str
+    flags: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What was made: `files` are all but manifest.json, `session` the ONNX Runtime config entries the target wants."""
+    """What was made: `files` are all but manifest.json, `session` the ONNX Runtime config entries the target wants.
+
+    pair_rule: the int8 weights keep the pair rule, under which no x86 kernel since AVX2 saturates.
+    exact_on: machines on which the int8 outputs are those of the probe bit for bit.
+    """
 
     format: int = FORMAT
     name: str
@@ -82,6 +101,9 @@ class Manifest:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     files: Mapping[str, File]
+    pair_rule: bool
+    exact_on: tuple[str, ...]
+    recorded_on: Machine
     session: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     budget: Budget = field(default_factory=Budget)
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -197,6 +219,9 @@ def _manifest(value: object, at: _Place) -> Manifest:
         inputs=_tensors(table["inputs"], at.key("inputs")),
         outputs=_tensors(table["outputs"], at.key("outputs")),
         files=_files(table["files"], at.key("files")),
+        pair_rule=_boolean(table["pair_rule"], at.key("pair_rule")),
+        exact_on=_texts(table["exact_on"], at.key("exact_on")),
+        recorded_on=_machine(table["recorded_on"], at.key("recorded_on")),
         session=_session(table["session"], at.key("session")),
         budget=_budget(table["budget"], at.key("budget")),
         versions=_mapping(table["versions"], at.key("versions"), _text),
@@ -233,6 +258,23 @@ def _text(value: object, at: _Place) -> str:
     if not isinstance(value, str) or not value:
         at.refuse(found=_kind(value), expected="a string that is not empty")
     return value
+
+
+def _texts(value: object, at: _Place) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        at.refuse(found=_kind(value), expected="a list")
+    return tuple(_text(each, at.item(number)) for number, each in enumerate(value))
+
+
+def _boolean(value: object, at: _Place) -> bool:
+    if not isinstance(value, bool):
+        at.refuse(found=_kind(value), expected="true or false")
+    return value
+
+
+def _machine(value: object, at: _Place) -> Machine:
+    table = _table(value, at, Machine)
+    return Machine(machine=_text(table["machine"], at.key("machine")), flags=_texts(table["flags"], at.key("flags")))
 
 
 def _tensors(value: object, at: _Place) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from runtime.bench import Timing
 from runtime.explain import Explanation
-from runtime.gate import Verdict, coverage, device_text
+from runtime.gate import Verdict, coverage, device_text, errors
 from runtime.manifest import canonical
 
 if TYPE_CHECKING:
@@ -44,12 +44,22 @@ def verdict(value: Verdict, name: str) -> RenderableType:
             met = Text("yes") if line.met else Text("NO", style="bold red")
             limits.add_row(middle(line.what, 40), f"{line.found:.6g}", f"{line.limit:.6g}", met)
         parts.append(limits)
+    parts.append(_errors(value))
     outputs = _table("output", "SNR dB", "cosine", "max abs", "same top-1", "integer MACs")
     for o in value.drift.outputs:
         top1 = "" if o.same_top1 is None else _percent(o.same_top1)
         row = (f"{o.snr_db:.2f}", f"{o.cosine:.6f}", f"{o.max_abs:.4g}", top1, _percent(value.integer_macs))
         outputs.add_row(middle(o.name, 20), *row)
-    return Group(*parts, outputs)
+    here = f"{value.cpu.name}, {value.cpu.machine} {' '.join(value.cpu.flags)}, onnxruntime {value.onnxruntime}"
+    return Group(*parts, outputs, Text(here), *(Text(f"note: {note}", style="yellow") for note in value.notes))
+
+
+def _errors(value: Verdict) -> Table:
+    """The three errors apart, each by its worst output."""
+    table = _table("error", "SNR dB", "integer MACs", "of what, against what")
+    for name, snr, meaning in errors(value):
+        table.add_row(name, snr, _percent(value.integer_macs), meaning)
+    return table
 
 
 def timing(value: Timing, name: str) -> RenderableType:
@@ -112,7 +122,7 @@ def middle(name: str, width: int) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
-        text = column in ("kernel", "types", "plan", "dtype", "shape", "met") or number == 0
+        text = column in ("kernel", "types", "plan", "dtype", "shape", "met", "of what, against what") or number == 0
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 

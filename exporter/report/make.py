@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -24,13 +25,13 @@ from exporter.report.value import FloatLayer, KernelCount, Report
 from exporter.source import Source
 from exporter.target import Target
 from exporter.trace import Traced
-from runtime import gate
+from runtime import cpu, gate
 from runtime import manifest as manifests
 from runtime.bench import measure
 from runtime.bundle import load
 from runtime.explain import ADDED
 from runtime.kernels import Kernel
-from runtime.manifest import Budget, Manifest
+from runtime.manifest import Budget, Machine, Manifest
 
 
 def make(
@@ -47,7 +48,8 @@ def make(
     int8_bytes: int,
 ) -> Report:
     """The report, without timing."""
-    verdict = gate.judge(recorded.drift, recorded.kernels.integer_macs, recorded.drift, _budget(recipe))
+    on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
+    lines = tuple(gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, int8_bytes, None))
     return Report(
         name=source.name,
         recipe=recipe.name,
@@ -69,13 +71,15 @@ def make(
         drift=recorded.drift,
         fp32_bytes=fp32_bytes,
         int8_bytes=int8_bytes,
-        met=verdict.met,
-        lines=verdict.lines,
+        met=all(line.met for line in lines),
+        lines=lines,
         timing=None,
     )
 
 
-def manifest(report: Report, recipe: Recipe, prepared: Prepared, target: Target) -> Manifest:
+def manifest(
+    report: Report, recipe: Recipe, prepared: Prepared, target: Target, corrected: Corrected, recorded: Recorded
+) -> Manifest:
     """The manifest, but for `files`."""
     return Manifest(
         name=report.name,
@@ -83,6 +87,9 @@ def manifest(report: Report, recipe: Recipe, prepared: Prepared, target: Target)
         inputs=graph.inputs(prepared.reference),
         outputs=graph.outputs(prepared.reference),
         files={},
+        pair_rule=corrected.pair_rule,
+        exact_on=(platform.machine(),) if recorded.exact else (),
+        recorded_on=Machine(machine=platform.machine(), flags=cpu.flags()),
         session=target.session,
         budget=_budget(recipe),
         versions=_versions(),

@@ -14,15 +14,15 @@ from exporter.errors import CalibrationError
 from exporter.recipe import Probe as Limits
 from runtime import BundleError
 from runtime import manifest as manifests
-from runtime.manifest import Budget, Manifest
+from runtime.manifest import Budget, Machine, Manifest
 from runtime.probe import Probe
 from tests.exporter import graphs
 
 MODEL = graphs.model("(float[N,4] x) => (float[N,4] y) { [g] y = Gemm(x, w) }", {"w": graphs.noise(1, 4, 4)})
 BYTES = graph.to_bytes(MODEL)
 ABOUT = Manifest(
-    name="m", target="x86-vnni", inputs=graph.inputs(MODEL), outputs=graph.outputs(MODEL), files={}, session={},
-    budget=Budget(), versions={},
+    name="m", target="x86-vnni", inputs=graph.inputs(MODEL), outputs=graph.outputs(MODEL), files={}, pair_rule=True,
+    exact_on=(), recorded_on=Machine(machine="x86_64", flags=()), session={}, budget=Budget(), versions={},
 )  # fmt: skip
 FILES = {manifests.FP32: BYTES, manifests.INT8: BYTES} | dict.fromkeys(
     ("recipe.toml", "plan.txt", "ranges.json", "report.json", "report.html"), b"{}\n"

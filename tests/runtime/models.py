@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
+from runtime import cpu
 from runtime import manifest as manifests
-from runtime.manifest import Budget, Manifest, Tensor
+from runtime.manifest import Budget, Machine, Manifest, Tensor
 from runtime.probe import Probe, write_probe
 
 Array = NDArray[Any]
@@ -144,6 +146,9 @@ def manifest(budget: Budget) -> Manifest:
         inputs=(Tensor(name="image", dtype="float32", shape=("batch", *IMAGE)),),
         outputs=(Tensor(name="logits", dtype="float32", shape=("batch", CLASSES)),),
         files={},
+        pair_rule=True,
+        exact_on=(),
+        recorded_on=Machine(machine=platform.machine(), flags=cpu.flags()),
         session={"session.intra_op.allow_spinning": "0"},
         budget=budget,
         versions={"onnxruntime": ort.__version__},

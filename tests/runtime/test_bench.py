@@ -7,8 +7,8 @@ import pytest
 
 import runtime
 from runtime import bench as function
+from runtime import cpu
 from runtime import manifest as manifests
-from runtime.bench import cpu_name
 from runtime.errors import PacklightError
 
 
@@ -23,7 +23,7 @@ def test_cpu_is_named_as_the_system_names_it() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "model name" not in cpuinfo.read_text():
         pytest.skip("no model name in /proc/cpuinfo here")
-    assert f": {cpu_name()}\n" in cpuinfo.read_text()
+    assert f": {cpu.name()}\n" in cpuinfo.read_text()
 
 
 def test_without_fp32_there_is_no_ratio(own_bundle: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,11 @@ def pair(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> runti
     folder = tmp_path_factory.mktemp("pair")
     onnx.save(models.pair_sum(), folder / manifests.INT8)
     (folder / manifests.PROBE).write_bytes((bundle_folder / manifests.PROBE).read_bytes())
-    about = manifests.Manifest(
+    about = replace(
+        models.manifest(Budget()),
         name="pair",
-        target="portable",
         inputs=tuple(Tensor(name=name, dtype="float32", shape=("rows", 4)) for name in ("left", "right")),
         outputs=(Tensor(name="sum", dtype="float32", shape=("rows", 4)),),
-        files={},
     )
     models.seal(folder, about)
     return runtime.load(folder)
@@ -102,13 +102,10 @@ def test_failure_inside_onnxruntime_is_our_error(bundle_folder: Path, own_bundle
     )
     model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
     onnx.save(model, own_bundle / manifests.INT8)
-    about = models.manifest(Budget())
-    about = manifests.Manifest(
-        name=about.name,
-        target=about.target,
+    about = replace(
+        models.manifest(Budget()),
         inputs=(Tensor(name="image", dtype="int64", shape=("batch",)),),
         outputs=(Tensor(name="logits", dtype="float32", shape=("batch", 2)),),
-        files={},
     )
     models.seal(own_bundle, about)
     with pytest.raises(PacklightError, match="ONNX Runtime failed while running: found .*indices element out of data"):
@@ -126,7 +123,7 @@ def test_failure_inside_onnxruntime_is_our_error(bundle_folder: Path, own_bundle
 def test_model_that_is_not_the_manifests_is_refused(own_bundle: Path, role: str, tensor: Tensor) -> None:
     about = models.manifest(Budget())
     tensors = {"inputs": about.inputs, "outputs": about.outputs, role: (tensor,)}
-    models.seal(own_bundle, manifests.Manifest(name="tiny", target="x86-vnni", files={}, **tensors))
+    models.seal(own_bundle, replace(about, **tensors))
     with pytest.raises(BundleError, match=rf"model.int8.onnx: found {role} .*\(dtype, rank\) of the manifest"):
         runtime.load(own_bundle)
 

@@ -157,7 +157,7 @@ def test_canonical_bench_round_trips(bundle_folder: Path) -> None:
 def test_error_of_nobodys_is_2_with_a_traceback_and_one_line(
     bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    def broken(*args: object) -> None:
+    def broken(*args: object, **named: object) -> None:
         raise ZeroDivisionError("a fault\nof ours")
 
     monkeypatch.setattr(cli, "load", broken)

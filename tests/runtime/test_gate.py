@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 import runtime
 from runtime import drift, gate
 from runtime import manifest as manifests
+from runtime.cpu import Cpu
 from runtime.drift import Drift
 from runtime.errors import DriftExceeded, PacklightError
 from runtime.gate import Verdict
-from runtime.manifest import Budget
+from runtime.manifest import Budget, Manifest
 from runtime.probe import Probe, write_probe
 from tests.runtime import models
 
@@ -22,8 +26,26 @@ FAR = drift.measure([({"a": np.array([[3.0, 4.0]])}, {"a": np.array([[3.0, 4.5]]
 EQUAL = drift.measure([({"a": np.array([[3.0, 4.0]])}, {"a": np.array([[3.0, 4.0]])})])
 
 
+CPU = Cpu(name="a CPU", machine="x86_64", flags=("avx2",), pairs_in_int16=True)
+
+
 def judge(drift: Drift = FAR, integer_macs: float = 0.9, **budget: float) -> Verdict:
-    return gate.judge(drift, integer_macs, EQUAL, Budget(**budget))
+    """A verdict on a device that gives the recorded outputs, bit for bit."""
+    lines = tuple(gate.limits(Budget(**budget), drift, integer_macs, size_bytes=1000, ram_bytes=5000))
+    return Verdict(
+        met=all(line.met for line in lines),
+        lines=lines,
+        integer_macs=integer_macs,
+        drift=drift,
+        quantization=drift,
+        kernel=None,
+        device=EQUAL,
+        q={"a": 0.0},
+        exact=True,
+        cpu=CPU,
+        onnxruntime="1.31.1",
+        notes=(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,6 +62,10 @@ def judge(drift: Drift = FAR, integer_macs: float = 0.9, **budget: float) -> Ver
         ({"min_integer_macs": 0.9}, True),
         ({"min_integer_macs": 0.91}, False),
         ({"min_snr_db": 19.9, "max_abs": 0.49}, False),
+        ({"max_size_bytes": 1000}, True),
+        ({"max_size_bytes": 999}, False),
+        ({"max_ram_bytes": 5000}, True),
+        ({"max_ram_bytes": 4999}, False),
     ],
 )
 def test_budget_is_met_when_every_limit_is(budget: dict[str, float], met: bool) -> None:
@@ -80,7 +106,8 @@ def test_require_raises_with_every_unmet_line_and_the_coverage() -> None:
 
 def test_json_has_every_field_and_is_strict() -> None:
     root = json.loads(judge(EQUAL, min_snr_db=30.0).to_json())
-    assert root.keys() == {"met", "lines", "drift", "integer_macs", "device", "exact"}
+    assert root.keys() == set(Verdict.__dataclass_fields__)
+    assert root["cpu"] == {"name": "a CPU", "machine": "x86_64", "flags": ["avx2"], "pairs_in_int16": True}
     assert root["lines"] == [{"what": "snr_db a", "found": "inf", "limit": 30.0, "met": True}]
 
 
@@ -91,7 +118,7 @@ def test_junit_has_a_case_a_limit_and_says_why_it_failed() -> None:
     message = "snr_db a: 20 (at least 30), with 90.0 % of MACs in integer kernels"
     assert failures == {"snr_db a": [message], "max_abs a": []}
     properties = {each.get("name"): each.get("value") for each in suite.iter("property")}
-    assert properties == {"integer_macs": "0.9", "worst_snr_db": "20", "exact": "true"}
+    assert properties == {"integer_macs": "0.9", "worst_snr_db": "20", "exact": "true", "device_q": "0"}
 
 
 def test_markdown_tells_drift_with_coverage_in_one_row() -> None:
@@ -114,14 +141,67 @@ def test_check_runs_the_probe_here(bundle_folder: Path) -> None:
     assert 25 < verdict.drift.worst_snr_db < 60
 
 
-def test_device_that_computes_otherwise_is_told_apart_from_drift(own_bundle: Path) -> None:
-    bundle = runtime.load(own_bundle)
-    recorded = [
-        Probe(inputs=p.inputs, fp32=p.fp32, int8={"logits": p.int8["logits"] + np.float32(0.5)})
+def recorded_elsewhere(folder: Path, shift: float, about: Manifest) -> runtime.Bundle:
+    """A bundle whose probe says that the export saw int8 outputs `shift` away from those that are computed here."""
+    bundle = runtime.load(folder)
+    moved = [
+        Probe(inputs=p.inputs, fp32=p.fp32, int8={"logits": p.int8["logits"] + np.float32(shift)})
         for p in bundle.probes()
     ]
-    write_probe(own_bundle / manifests.PROBE, recorded)
-    models.seal(own_bundle, models.manifest(Budget(min_snr_db=25.0)))
-    verdict = runtime.check(runtime.load(own_bundle))
-    assert (verdict.met, verdict.exact) == (True, False)
+    write_probe(folder / manifests.PROBE, moved)
+    models.seal(folder, about)
+    return runtime.load(folder)
+
+
+def test_device_that_computes_otherwise_is_told_apart_from_drift(own_bundle: Path) -> None:
+    verdict = runtime.check(recorded_elsewhere(own_bundle, 0.5, models.manifest(Budget(min_snr_db=25.0))))
+    assert [(line.what, line.met) for line in verdict.lines] == [("snr_db logits", True), ("device_q logits", False)]
+    assert (verdict.met, verdict.exact) == (False, False)
     assert verdict.device.outputs[0].max_abs == pytest.approx(0.5, abs=1e-5)
+    assert verdict.q["logits"] == pytest.approx(0.5 / verdict.quantization.outputs[0].rms, rel=1e-3)
+
+
+def test_small_device_error_is_met_unless_the_target_promised_exact_bits(own_bundle: Path) -> None:
+    small = recorded_elsewhere(own_bundle, 1e-3, models.manifest(Budget()))
+    assert runtime.check(small).met
+    about = replace(models.manifest(Budget()), exact_on=(platform.machine(),))
+    promised = runtime.check(recorded_elsewhere(own_bundle, 1e-3, about))
+    assert [(line.what, line.met) for line in promised.lines] == [("device_q logits", True), ("exact logits", False)]
+
+
+def test_promise_of_another_machine_is_not_held_against_this_one(own_bundle: Path) -> None:
+    about = replace(models.manifest(Budget()), exact_on=("riscv64",))
+    assert runtime.check(recorded_elsewhere(own_bundle, 1e-3, about)).met
+
+
+def test_kernel_error_is_between_the_kernels_and_their_own_file_in_float(bundle_folder: Path) -> None:
+    bundle = runtime.load(bundle_folder, threads=1)
+    verdict = runtime.check(bundle)
+    settings = ort.SessionOptions()
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    in_float = ort.InferenceSession(bundle.model, settings, providers=["CPUExecutionProvider"])
+    pairs = [({"logits": in_float.run(None, dict(p.inputs))[0]}, bundle.run(p.inputs)) for p in bundle.probes()]
+    assert verdict.kernel is not None
+    assert verdict.kernel.worst_snr_db == pytest.approx(drift.measure(pairs).worst_snr_db, abs=0.5)
+    assert verdict.kernel.worst_snr_db > verdict.quantization.worst_snr_db
+
+
+def test_other_onnxruntime_and_a_cpu_that_saturates_are_notes_and_no_failures(own_bundle: Path) -> None:
+    about = replace(models.manifest(Budget()), versions={"onnxruntime": "0.1"}, pair_rule=False)
+    models.seal(own_bundle, about)
+    verdict = runtime.check(runtime.load(own_bundle))
+    assert verdict.met
+    assert verdict.notes[-1] == f"exported with onnxruntime 0.1, run here by {ort.__version__}"
+
+
+def test_integer_share_can_be_asked_for_beside_the_budget(bundle_folder: Path) -> None:
+    bundle = runtime.load(bundle_folder)
+    what = [line.what for line in runtime.check(bundle, min_integer_macs=0.9).lines]
+    assert what == ["integer_macs", "device_q logits"]
+
+
+def test_peak_memory_is_measured_only_where_a_limit_asks_for_it(own_bundle: Path) -> None:
+    models.seal(own_bundle, models.manifest(Budget(max_ram_bytes=1e9)))
+    (line,) = [line for line in runtime.check(runtime.load(own_bundle)).lines if line.what == "max_ram_bytes"]
+    assert line.met
+    assert 1e4 < line.found < 1e8

@@ -10,7 +10,7 @@ import pytest
 
 from runtime import manifest as manifests
 from runtime.errors import BundleError
-from runtime.manifest import Budget, File, Manifest, Tensor
+from runtime.manifest import Budget, File, Machine, Manifest, Tensor
 
 EMPTY = File(sha256="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", size_bytes=0)
 SMALL = Manifest(
@@ -19,6 +19,9 @@ SMALL = Manifest(
     inputs=(Tensor(name="image", dtype="float32", shape=("batch", 3)),),
     outputs=(Tensor(name="logits", dtype="float32", shape=("batch", 2)),),
     files={"probe.npz": EMPTY, "model.int8.onnx": EMPTY},
+    pair_rule=True,
+    exact_on=("x86_64",),
+    recorded_on=Machine(machine="x86_64", flags=("avx2",)),
     session={"optimization.disable_specified_optimizers": "SkipLayerNormFusion"},
     budget=Budget(min_snr_db=30.0),
     versions={"onnxruntime": "1.31.1"},
@@ -26,11 +29,16 @@ SMALL = Manifest(
 SMALL_JSON = """{
  "budget": {
   "max_abs": null,
+  "max_ram_bytes": null,
+  "max_size_bytes": null,
   "min_cosine": null,
   "min_integer_macs": null,
   "min_same_top1": null,
   "min_snr_db": 30.0
  },
+ "exact_on": [
+  "x86_64"
+ ],
  "files": {
   "model.int8.onnx": {
    "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
@@ -63,6 +71,13 @@ SMALL_JSON = """{
    ]
   }
  ],
+ "pair_rule": true,
+ "recorded_on": {
+  "flags": [
+   "avx2"
+  ],
+  "machine": "x86_64"
+ },
  "session": {
   "optimization.disable_specified_optimizers": "SkipLayerNormFusion"
  },
