@@ -37,6 +37,7 @@ SIGNED_RUN_IN_INTEGERS = "session.qdqisint8allowed"
 # A multiple of every alignment that ONNX Runtime asks for in the file; tensors keep theirs when the model moves
 ALIGNMENT = 64
 HEAD = struct.Struct("<I4s6Hi3I")  # offset of the root, identifier, the root's table of fields, the root
+RUN_ERRORS: tuple[type[Exception], ...] = (BundleError, *ORT_ERRORS)
 SIGNED = (onnx.TensorProto.INT8, onnx.TensorProto.INT16)
 
 
@@ -119,7 +120,7 @@ def prove(
         ort_session = open_session(made.ort, threads=1, entries=session)
         for number, batch in enumerate(batches):
             _refuse_difference(onnx_session.run(None, dict(batch)), ort_session.run(None, dict(batch)), number)
-    except (BundleError, *ORT_ERRORS) as error:
+    except RUN_ERRORS as error:
         raise QuantizeError(f"{ORT}: it does not run as the .onnx file does", found=str(error)[:300]) from error
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         paths = Path(folder) / "model.int8.onnx", Path(folder) / ORT
@@ -281,7 +282,7 @@ def _rows(resolver: Any) -> list[_Row]:
 
 def _table(rows: list[_Row]) -> bytes:
     """The resolver as a flatbuffer of its own."""
-    import flatbuffers
+    import flatbuffers  # type: ignore[import-untyped]
 
     builder = flatbuffers.Builder(1024)
 
