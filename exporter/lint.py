@@ -1,0 +1,376 @@
+"""int8 model + Target -> Findings: what would make the file wrong, slow or impossible to open on a CPU it is meant for.
+
+Each rule is one line of RULES and one function. An error makes wrong numbers, no session, or a file slower than FP32; a
+warning costs time, or is an error on a CPU that was not asked about (no target given: every CPU).
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter import graph, ort_format
+from exporter.batches import Array, Batch
+from exporter.correct.rounding import breaks_pair_rule
+from exporter.errors import QuantizeError
+from exporter.target import Target
+from runtime import manifest as manifests
+from runtime.bundle import NOT_PORTABLE, Bundle
+from runtime.kernels import trace
+
+Severity = Literal["error", "warning"]
+ONE_CPU, MINUS_128, SHARED, TYPES = "one-cpu-operator", "weight-minus-128", "shared-int8-weight", "types"
+PAIRS, FLOAT_ORT = "pair-rule", "float-ort"
+RULES: Mapping[str, str] = {
+    ONE_CPU: "An operator in the channel block of one CPU computes other numbers on another, without an error.",
+    MINUS_128: "The int8 weight -128 wraps in int16 in kernels for ARM Cortex-A53 and A72, and in depthwise ones of newer cores.",
+    SHARED: "With session.x64quantprecision=1 no session opens when two DequantizeLinear read one int8 initializer.",
+    TYPES: "The types of activation and weight choose the kernel: some pairs have none, some are slower than float.",
+    PAIRS: "Two neighbouring weights of one sign that sum to more than 128 saturate on x86 without VNNI.",
+    FLOAT_ORT: "An .ort file keeps what it was optimized to, so a layer that was float then is float on every device.",
+}
+PRECISE = "session.x64quantprecision"
+# layer as ONNX Runtime's operators name it -> (the plain op_type, position of the weight); the activation is input 0
+INTEGER_LAYERS = {
+    "QLinearConv": ("Conv", 3),
+    "ConvInteger": ("Conv", 1),
+    "QLinearMatMul": ("MatMul", 3),
+    "MatMulInteger": ("MatMul", 1),
+    "MatMulIntegerToFloat": ("MatMul", 1),
+    "DynamicQuantizeMatMul": ("MatMul", 1),
+    "QGemm": ("Gemm", 3),
+}
+LAYERS = {"Conv": ("Conv", 1), "MatMul": ("MatMul", 1), "Gemm": ("Gemm", 1)}
+INT8, UINT8 = ir.DataType.INT8, ir.DataType.UINT8
+WIDE = (ir.DataType.INT16, ir.DataType.UINT16)
+SHORT = {INT8: "s8", UINT8: "u8", ir.DataType.INT16: "s16", ir.DataType.UINT16: "u16"}
+WIDTH = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One fault: the rule it breaks, the node that shows it, and what was found, was expected and is to be done."""
+
+    rule: str
+    severity: Severity
+    node: str
+    found: str
+    expected: str
+    do: str
+
+    @property
+    def message(self) -> str:
+        at = f"{self.node}: " if self.node else ""
+        return f"{at}found {self.found}, expected {self.expected}; {self.do}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """An int8 layer: types of activation and weight, and the weight's codes where they are constant."""
+
+    node: ir.Node
+    op_type: str
+    activation: ir.DataType | None
+    weight: ir.DataType | None
+    codes: Array | None
+
+
+def check(
+    model: Path | ir.Model, target: Target | None = None, session: Mapping[str, str] | None = None
+) -> tuple[Finding, ...]:
+    """Hold a file against every rule that needs no run.
+
+    Args:
+        model: an ONNX file or graph, with DequantizeLinear around its layers or integer operators; or an .ort file, which
+            is held against one-cpu-operator alone (its types and weights are those of the ONNX file it was made of).
+        target: the CPUs it is meant for; None is every CPU, and what would be an error on some is a warning.
+        session: the entries it will run with; None is the target's own.
+
+    Returns:
+        Findings in the order of RULES, then of the graph.
+
+    Raises:
+        QuantizeError: the file is no model.
+    """
+    if isinstance(model, Path) and model.suffix == ".ort":
+        return tuple(_ort_domains(model))
+    opened = _read(model) if isinstance(model, Path) else model
+    entries = session if session is not None else target.session if target is not None else {}
+    layers = list(_layers(opened))
+    return (
+        *_one_cpu(opened),
+        *_minus_128(layers, target),
+        *_shared(opened, target, entries),
+        *_types(layers, target),
+        *_pairs(layers, target),
+    )
+
+
+def check_bundle(bundle: Bundle, target: Target | None) -> dict[str, tuple[Finding, ...]]:
+    """{file name: findings} of a verified bundle's models; its .ort file is run on the probe's first batch."""
+    folder, entries = bundle.path, bundle.manifest.session
+    found = {manifests.INT8: check(folder / manifests.INT8, target, entries)}
+    ort = folder / ort_format.ORT
+    if ort.is_file():
+        batch = bundle.probes()[0].inputs
+        found[ort.name] = (
+            *check(ort),
+            *check_ort(ort, folder / manifests.INT8, batch, entries, bundle.manifest.target),
+        )
+    return found
+
+
+def check_ort(
+    ort: Path, model: Path, batch: Batch, session: Mapping[str, str] | None = None, target: str = ""
+) -> tuple[Finding, ...]:
+    """float-ort: run both files, and compare the share of multiply-adds in integer kernels.
+
+    Args:
+        ort: the .ort file.
+        model: the .onnx file that it was made of.
+        batch: inputs to run them on.
+        session: the entries both run with.
+        target: the name of the CPUs they are meant for; on ARM, ONNX Runtime lets signed activations run in integers by itself.
+    """
+    given = dict(session or {})
+    fixed = ort_format.entries(model.read_bytes(), given, target)
+    try:
+        ort_format.refuse_float(trace(model, batch, entries=fixed, runs=1), trace(ort, batch, entries=given, runs=1))
+    except QuantizeError as error:
+        found = Finding(
+            rule=FLOAT_ORT, severity="error", node=error.node, found=error.found, expected=error.expected, do=error.do
+        )
+        return (found,)
+    return ()
+
+
+def render(findings: Mapping[str, Sequence[Finding]]) -> str:
+    """Per file its findings, errors first, at most WIDTH columns where names allow; the last line counts."""
+    lines: list[str] = []
+    for name, found in findings.items():
+        for each in sorted(found, key=lambda finding: finding.severity):
+            first = f"{name}: {each.severity} {each.rule}"
+            lines += [first, *textwrap.wrap(each.message, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    errors, warnings = count(findings, "error"), count(findings, "warning")
+    lines.append(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
+    return "\n".join(lines)
+
+
+def count(findings: Mapping[str, Sequence[Finding]], severity: Severity) -> int:
+    return sum(each.severity == severity for found in findings.values() for each in found)
+
+
+def sarif(findings: Mapping[str, Sequence[Finding]]) -> dict[str, object]:
+    """SARIF 2.1.0: one run, every rule, one result a finding. A file's name is its URI, the node a logical location.
+
+    Source: https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html, sections 3.14, 3.19, 3.27.
+    """
+    ids = list(RULES)
+    rules = [{"id": rule, "shortDescription": {"text": why}} for rule, why in RULES.items()]
+    results = [
+        {
+            "ruleId": each.rule,
+            "ruleIndex": ids.index(each.rule),
+            "level": each.severity,
+            "message": {"text": each.message},
+            "locations": [
+                {"physicalLocation": {"artifactLocation": {"uri": name}}}
+                | ({"logicalLocations": [{"name": each.node}]} if each.node else {})
+            ],
+        }
+        for name, found in findings.items()
+        for each in found
+    ]
+    driver = {"name": "packlight", "version": version("packlight"), "rules": rules}
+    return {
+        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+        "version": "2.1.0",
+        "runs": [{"tool": {"driver": driver}, "results": results}],
+    }
+
+
+def _read(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's, onnx_ir's and the file system's errors share no base
+        raise QuantizeError(
+            str(path), found=str(error).splitlines()[0][:200] if str(error) else "no model", expected="an ONNX file"
+        ) from error
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node, those of branches, loops and functions too."""
+    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+    for function in model.functions.values():
+        yield from ir.traversal.RecursiveGraphIterator(function)
+
+
+def _layers(model: ir.Model) -> Iterator[_Layer]:
+    for node in _nodes(model):
+        if node.op_type in INTEGER_LAYERS:
+            op_type, at = INTEGER_LAYERS[node.op_type]
+            codes = _constant(node.inputs[at])
+            activation = UINT8 if node.op_type == "DynamicQuantizeMatMul" else _dtype(node.inputs[0])
+            if activation is None and node.op_type.startswith("Q"):
+                activation = _dtype(node.inputs[2])  # the zero point's type is the tensor's
+            yield _Layer(node=node, op_type=op_type, activation=activation, weight=_of(codes), codes=codes)
+        elif node.op_type in LAYERS:
+            op_type, at = LAYERS[node.op_type]
+            activation, (weight, codes) = _dequantized(node.inputs[0])[0], _dequantized(node.inputs[at])
+            if activation is not None and weight is not None:
+                yield _Layer(node=node, op_type=op_type, activation=activation, weight=weight, codes=codes)
+
+
+def _dequantized(value: ir.Value | None) -> tuple[ir.DataType | None, Array | None]:
+    """The type of the codes behind a DequantizeLinear, and the codes where they are constant; (None, None) for a real tensor."""
+    reader = value.producer() if value is not None else None
+    if reader is None or reader.op_type != "DequantizeLinear":
+        return None, None
+    codes = _constant(reader.inputs[0])
+    if codes is not None:
+        return _of(codes), codes
+    zero_point = reader.inputs[2] if len(reader.inputs) > 2 else None
+    return (_dtype(zero_point) if zero_point is not None else UINT8), None
+
+
+def _constant(value: ir.Value | None) -> Array | None:
+    """The array of an initializer or of a Constant node."""
+    if value is None:
+        return None
+    maker = value.producer()
+    if maker is not None and maker.op_type == "Constant" and "value" in maker.attributes:
+        return maker.attributes["value"].as_tensor().numpy()
+    return graph.constant(value)
+
+
+def _of(codes: Array | None) -> ir.DataType | None:
+    return ir.DataType.from_numpy(codes.dtype) if codes is not None else None
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    if value is None:
+        return None
+    return value.dtype if value.dtype is not None else _of(_constant(value))
+
+
+def _one_cpu(model: ir.Model) -> Iterator[Finding]:
+    domain = NOT_PORTABLE.decode()
+    return (_saved_for_one_cpu(node.name or node.op_type) for node in _nodes(model) if node.domain == domain)
+
+
+def _ort_domains(ort: Path) -> Iterator[Finding]:
+    if NOT_PORTABLE.decode() in ort_format.domains(ort.read_bytes()):
+        yield _saved_for_one_cpu("")
+
+
+def _saved_for_one_cpu(node: str) -> Finding:
+    return Finding(
+        rule=ONE_CPU,
+        severity="error",
+        node=node,
+        found=f"domain {NOT_PORTABLE.decode()}",
+        expected="a model for every CPU",
+        do="save it with NchwcTransformer among optimization.disable_specified_optimizers",
+    )
+
+
+def _minus_128(layers: Sequence[_Layer], target: Target | None) -> Iterator[Finding]:
+    if _only_x86(target):
+        return
+    for layer in layers:
+        codes = layer.codes
+        if codes is not None and codes.dtype == np.int8 and codes.size and codes.min() == -128:
+            yield Finding(
+                rule=MINUS_128,
+                severity="error",
+                node=layer.node.name or "",
+                found=f"{np.count_nonzero(codes == -128)} weight codes -128",
+                expected="-127..127",
+                do="quantize the weight symmetrically, with scale max|w| / 127",
+            )
+
+
+def _shared(model: ir.Model, target: Target | None, entries: Mapping[str, str]) -> Iterator[Finding]:
+    precise = entries.get(PRECISE) == "1"
+    if target is not None and not precise:
+        return
+    for name, value in model.graph.initializers.items():
+        readers = [use.node for use in value.uses() if use.node.op_type == "DequantizeLinear" and use.idx == 0]
+        if value.dtype == INT8 and len(readers) > 1:
+            yield Finding(
+                rule=SHARED,
+                severity="error" if precise else "warning",
+                node=readers[1].name or "",
+                found=f"{len(readers)} DequantizeLinear that read {name}",
+                expected="one",
+                do=f"give each its own copy, or do not set {PRECISE}",
+            )
+
+
+def _types(layers: Sequence[_Layer], target: Target | None) -> Iterator[Finding]:
+    """One finding a type pair, at its first layer. Speeds: onnxruntime 1.31.1, AVX512-VNNI, one thread, 3x3 Conv and MatMul:
+    u8s8 2.4-3.8 times float's, u8u8 1.2-1.6, s8s8 0.2-0.3; s8u8 0.25, and no kernel for Conv."""
+    pairs: dict[tuple[ir.DataType | None, ir.DataType | None], list[ir.Node]] = {}
+    for layer in layers:
+        pairs.setdefault((layer.activation, layer.weight), []).append(layer.node)
+    some: Severity = "error" if target is not None else "warning"
+    for (activation, weight), nodes in pairs.items():
+        pair, found = f"{SHORT.get(activation, '')}{SHORT.get(weight, '')}", ""  # type: ignore[arg-type]
+        severity: Severity = some
+        if activation in WIDE or weight in WIDE:
+            severity, found = "error", "which has no integer kernel on the CPU provider and runs in float"
+        elif activation == INT8 and not _only_arm(target):
+            found = (
+                "which x86 leaves partly float, and with session.qdqisint8allowed=1 runs at a quarter of float's speed"
+            )
+        elif activation == UINT8 and weight == UINT8 and _only_x86(target):
+            severity, found = "warning", "which takes about twice the time of u8s8 with VNNI"
+        if found:
+            yield Finding(
+                rule=TYPES,
+                severity=severity,
+                node=nodes[0].name or "",
+                found=f"{pair} in {len(nodes)} layer{'s' * (len(nodes) != 1)}, {found}",
+                expected="u8s8",
+                do="quantize activations to uint8 and weights to int8",
+            )
+
+
+def _pairs(layers: Sequence[_Layer], target: Target | None) -> Iterator[Finding]:
+    if target is not None and not target.pairs_in_int16:
+        return
+    for layer in layers:
+        codes = layer.codes
+        if codes is None or codes.dtype != np.int8 or _is_depthwise(layer, codes) or codes.ndim < 2:
+            continue
+        if codes.ndim == 2 or layer.op_type == "Conv":
+            plain = ir.Node("", layer.op_type, [], layer.node.attributes.values())
+            if breaks_pair_rule(plain, codes):
+                yield Finding(
+                    rule=PAIRS,
+                    severity="error" if target is not None else "warning",
+                    node=layer.node.name or "",
+                    found="neighbouring weights of one sign that sum to more than 128",
+                    expected="at most 128 in magnitude",
+                    do="export for portable, or quantize with reduce_range",
+                )
+
+
+def _is_depthwise(layer: _Layer, codes: Array) -> bool:
+    """Its kernel does not pair."""
+    return layer.op_type == "Conv" and codes.shape[:2] == (layer.node.attributes.get_int("group", 1), 1)
+
+
+def _only_x86(target: Target | None) -> bool:
+    return target is not None and target.name.startswith("x86-")
+
+
+def _only_arm(target: Target | None) -> bool:
+    return target is not None and target.name.startswith("arm")
