@@ -1,6 +1,7 @@
 """What one operator costs in float and in int8: the numbers that exporter/target.py's tables quote.
 
     python benchmarks/costs.py            # about a minute; needs packlight[export]
+    python benchmarks/costs.py x86-avx2   # beside the table of another target
 
 Each op_type runs on one thread on a tensor of some 200,000 elements, in float and between Q/DQ pairs; the kernel's time is
 what ONNX Runtime's profiler says. It stands between two Neg, which fuse with nothing, or, where the layout decides
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -220,10 +222,10 @@ def crossing_ns(folder: Path) -> float:
     return (slow - fast) * 1e9 / (2 * CHAIN)
 
 
-def main() -> None:
-    """Print the table."""
-    listed: dict[str, Cost] = {**target.ELEMENTWISE, **target.MOVERS}
-    cpu = target.X86_VNNI
+def main(name: str = "x86-vnni") -> None:
+    """Print the table beside that of the target called `name`."""
+    assumed = target.by_name(name)
+    listed: dict[str, Cost] = {**assumed.elementwise, **assumed.movers}
     rows: list[tuple[str, float, float, float | None, float]] = []  # op, measured and table in float, then in int8
     seen: dict[str, list[float]] = {"QuantizeLinear": [], "DequantizeLinear": []}
     with tempfile.TemporaryDirectory(prefix="packlight-costs-") as folder:
@@ -246,13 +248,12 @@ def main() -> None:
         )
         print(f"{op_type:<20}{shown}   {_off(float_ns, float_table, speed)} {_off(int8_ns, int8_table, speed)}")
     for name, found, given in (
-        ("QuantizeLinear", quantize, cpu.quantize_ns),
-        ("DequantizeLinear", dequantize, cpu.dequantize_ns),
+        ("QuantizeLinear", quantize, assumed.quantize_ns),
+        ("DequantizeLinear", dequantize, assumed.dequantize_ns),
     ):
         print(f"{name:<20}{'':16}{found:8.3f}{given:8.2f}   {'':6}{_off(found, given, speed)}")
-    print(
-        f"{'the same, per node':<20}{'':16}{per_node:8.0f}{cpu.crossing_ns:8.0f}   {'':6}{_off(per_node, cpu.crossing_ns, speed)}"
-    )
+    off = _off(per_node, assumed.crossing_ns, speed)
+    print(f"{'the same, per node':<20}{'':16}{per_node:8.0f}{assumed.crossing_ns:8.0f}   {'':6}{off}")
 
 
 def _off(found: float | None, given: float, speed: float) -> str:
@@ -265,4 +266,4 @@ def _off(found: float | None, given: float, speed: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

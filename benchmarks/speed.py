@@ -39,8 +39,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 import exporter
 from exporter import target
 from exporter.source import from_file
-from runtime import drift
-from runtime import cpu
+from runtime import cpu, drift
 from runtime.kernels import trace
 from runtime.session import NO_ENTRIES, open_session
 

@@ -62,6 +62,7 @@ def export(
 
     tell.stage("quantize, and keep the corrections that help")
     corrected = correct.improve(prepared.model, plan, ranges, observed.means, cpu, split.kept)
+    plan = plan.noted({paired.node: str(paired) for paired in corrected.paired})
 
     fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(corrected.int8)
     unseen = tell.each(split.heldout(), "measure drift on held-out batches")

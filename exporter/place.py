@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -67,6 +67,13 @@ class Plan:
     def float_layers(self) -> tuple[Decision, ...]:
         """Nodes with MACs that stay float: each has its reason."""
         return tuple(decision for decision in self.decisions if decision.precision == "float" and decision.macs)
+
+    def noted(self, notes: Mapping[str, str]) -> Plan:
+        """The plan with what later stages did to a node, {node: note}, behind its reason."""
+        decisions = (
+            replace(d, reason=f"{d.reason}; {notes[d.node]}") if d.node in notes else d for d in self.decisions
+        )
+        return replace(self, decisions=tuple(decisions))
 
     def to_text(self) -> str:
         lines = ["# node | op_type | precision | reason"]

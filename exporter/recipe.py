@@ -1,13 +1,15 @@
 """What is asked, as a frozen value: a preset's name or a TOML file of your own, read strictly.
 
 An unknown key, a wrong type or a wrong value is an error that says where, what was found, what was expected, and what
-was probably meant. There is no inheritance and no override: copy a preset and edit it.
+was probably meant. There is no inheritance: copy a preset and edit it. A flag may add a limit.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -45,13 +47,15 @@ class Rule(_Table):
 
 
 class Budget(_Table):
-    """Each output must meet every limit given, on held-out inputs."""
+    """Each output must meet every limit on drift, on held-out inputs; sizes in bytes, as in runtime.manifest.Budget."""
 
     min_snr_db: float | None = None
     min_cosine: float | None = Field(default=None, ge=-1, le=1)
     max_abs: float | None = Field(default=None, ge=0)
     min_same_top1: float | None = Field(default=None, ge=0, le=1)
     min_integer_macs: float | None = Field(default=None, ge=0, le=1)
+    max_size_bytes: int | None = Field(default=None, ge=1)
+    max_ram_bytes: int | None = Field(default=None, ge=1)
 
 
 class Probe(_Table):
@@ -116,6 +120,28 @@ def parse(text: str, where: str) -> Recipe:
         raise _ours(error, where) from error
     target.by_name(recipe.target, f"{where}:target")
     return recipe
+
+
+def limited(recipe: Recipe, limits: Mapping[str, float | None]) -> Recipe:
+    """The recipe with more limits in its budget, in its text as well; a limit of None is not asked for.
+
+    Raises:
+        RecipeError: the recipe has this limit already, or the value is none.
+    """
+    asked = {name: limit for name, limit in limits.items() if limit is not None}
+    for name in asked:
+        if getattr(recipe.budget, name) is not None:
+            raise RecipeError(
+                f"budget {name}", found="one in the recipe and one beside it", expected="one",
+                do="take it out of the recipe, or leave the flag out", where=recipe.name,
+            )  # fmt: skip
+    if not asked:
+        return recipe
+    lines = [f"{name} = {limit}" for name, limit in asked.items()]
+    table = re.search(r"^\[budget\].*$", recipe.text, flags=re.MULTILINE)
+    if table is None:
+        return parse("\n".join([recipe.text.rstrip("\n"), "", "[budget]", *lines, ""]), recipe.name)
+    return parse("\n".join([recipe.text[: table.end()], *lines]) + recipe.text[table.end() :], recipe.name)
 
 
 def require_own_text(recipe: Recipe) -> None:

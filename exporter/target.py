@@ -1,7 +1,8 @@
 """What a CPU does in int8, as data: types, which op_types have an integer kernel, what each costs, and which session keys to set.
 
-Costs are nanoseconds on one thread of an x86-64 server core with AVX512-VNNI, measured with onnxruntime 1.31.1 by
-`python benchmarks/costs.py`. Placement compares them with each other, so only their ratios matter.
+Costs are nanoseconds on one thread, measured with onnxruntime 1.31.1 by `python benchmarks/costs.py` on an x86-64 server core
+with AVX512-VNNI; for x86-avx2 on the same core with AVX512 and VNNI hidden (tests/devices). Placement compares them with each
+other, so only their ratios matter. A target differs from another only where its hardware does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from exporter.errors import RecipeError
+from runtime.cpu import Cpu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class Cost:
 class Target:
     """A CPU family.
 
+    machine: `platform.machine()` of its CPUs; empty where there are several.
     pairs_in_int16: some of its CPUs add two u8·s8 products in int16, which saturates (vpmaddubsw, before VNNI); weights
         then keep the pair rule (exporter/correct/rounding.py).
     layers: op_types that hold the MACs; they run in integers wherever a kernel exists.
@@ -33,10 +36,13 @@ class Target:
     quantize_ns, dequantize_ns: per element; crossing_ns: of either, whatever its size.
     copied_channels: input channels a group from which a Conv that copies its input position by position pays in int8.
     activations_matmul: whether a MatMul of two activations pays in int8: its B cannot be packed ahead of time.
+    session: session config entries, see UNWANTED.
+    costs_from: where the costs were measured; a target whose hardware was not there says whose they are.
     """
 
     name: str
     summary: str
+    machine: str
     pairs_in_int16: bool
     layers: tuple[str, ...]
     elementwise: Mapping[str, Cost]
@@ -47,6 +53,7 @@ class Target:
     dequantize_ns: float
     crossing_ns: float
     session: Mapping[str, str]
+    costs_from: str
 
 
 # Float is measured inside the NCHWc layout that ORT's fp32 CNNs run in, int8 inside NHWC, where the two differ.
@@ -84,9 +91,13 @@ MOVERS = {
 UNWANTED = ("SkipLayerNormFusion", "WeightBiasQuantization", "MatMulAddFusion")
 SESSION = {"optimization.disable_specified_optimizers": ";".join(UNWANTED)}
 
+SERVER = "a server core with AVX512-VNNI"
+
 X86_VNNI = Target(
     name="x86-vnni",
-    summary="x86-64 with AVX512-VNNI or AVX-VNNI: u8·s8 products are summed in int32, weights use all 8 bits",
+    summary="x86-64 with AVX512-VNNI or AVX-VNNI",
+    machine="x86_64",
+    # vpdpbusd sums four u8·s8 products in int32
     pairs_in_int16=False,
     layers=LAYERS,
     elementwise=ELEMENTWISE,
@@ -100,15 +111,95 @@ X86_VNNI = Target(
     dequantize_ns=0.18,
     crossing_ns=400.0,
     session=SESSION,
+    costs_from=SERVER,
 )
-PORTABLE = replace(
+# vpmaddubsw adds two u8·s8 products in int16: a bundle of full-range weights fell from 24 to 8 dB on EfficientNet-Lite0
+X86_AVX2 = replace(
     X86_VNNI,
-    name="portable",
-    summary="any 64-bit CPU: 8-bit weights under the pair rule, which no x86 since AVX2 saturates; ARM and wasm need no rule",
+    name="x86-avx2",
+    summary="x86-64 from AVX2 up, without VNNI",
     pairs_in_int16=True,
+    # its kernel works on 8 values at a time where AVX512's works on 16
+    quantize_ns=0.30,
+    costs_from="the same core with AVX512 and VNNI hidden",
+)
+PORTABLE = replace(X86_VNNI, name="portable", summary="any 64-bit CPU, from one file", machine="", pairs_in_int16=True)
+# Every ARM core sums in int32, those with dot products (sdot) and those without alike: all gave the same bits under qemu.
+# None was there to be timed: emulation tells bits, not times.
+ARM64 = replace(
+    X86_VNNI,
+    name="arm64",
+    summary="phones and boards with a 64-bit ARM core",
+    machine="aarch64",
+    costs_from=f"{SERVER}: predicted here",
+)
+# i32x4.dot_i16x8_s widens first; the build in npm does not use relaxed SIMD, whose products may saturate
+WASM = replace(
+    X86_VNNI,
+    name="wasm",
+    summary="a browser or node, by onnxruntime-web's wasm backend",
+    machine="wasm32",
+    costs_from=f"{SERVER}: predicted here",
 )
 
-TARGETS: Mapping[str, Target] = {target.name: target for target in (PORTABLE, X86_VNNI)}
+TARGETS: Mapping[str, Target] = {each.name: each for each in (PORTABLE, X86_VNNI, X86_AVX2, ARM64, WASM)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One thing that a target says, and the measurement or source behind it."""
+
+    what: str
+    value: str
+    why: str
+
+
+def facts(target: Target) -> tuple[Fact, ...]:
+    """What `packlight targets NAME` prints."""
+    paired = (
+        "on x86 before VNNI two u8·s8 products are added in int16: without the rule EfficientNet-Lite0 fell from 24 to 8 dB "
+        "there, with it every bit is the same (benchmarks/saturation.py)"
+    )
+    whole = "its kernels sum u8·s8 products in int32; -128 wraps in int16 on Cortex-A53 and A72, so no code is -128"
+    dear = [op for op, cost in {**target.elementwise, **target.movers}.items() if cost.int8_ns > cost.float_ns]
+    return (
+        Fact(
+            what="types", value="uint8 activations, int8 weights per channel",
+            why="s8·s8, quantize_static's default, left 5 of 10 Conv of a ResNet18 in float on x86 and was slower than FP32; "
+            "u8·u8 is exact everywhere and half as fast with VNNI",
+        ),
+        Fact(
+            what="weights", value="-127..127, under the pair rule" if target.pairs_in_int16 else "-127..127",
+            why=paired if target.pairs_in_int16 else whole,
+        ),
+        Fact(
+            what="layers", value=", ".join(target.layers),
+            why="QLinearConv, QGemm, QLinearMatMul and MatMulIntegerToFloat are on every CPU that ONNX Runtime runs on",
+        ),
+        Fact(
+            what="by cost", value=", ".join([*target.elementwise, *target.movers]),
+            why=f"int8 where it saves more than Q/DQ cost; slower in int8 by itself: {', '.join(dear)} (benchmarks/costs.py, "
+            f"{target.costs_from})",
+        ),
+        Fact(
+            what="float", value="all others, LSTM and GRU among them",
+            why="ONNX Runtime has no static integer kernel for them on a CPU",
+        ),
+        *(
+            Fact(what=key, value=value, why="off at load: each makes a planned int8 node float, or a float one slower")
+            for key, value in target.session.items()
+        ),
+    )  # fmt: skip
+
+
+def of(cpu: Cpu) -> Target:
+    """The target that a CPU is: by its machine, and on x86 by what its kernels compute."""
+    if cpu.machine in ("aarch64", "arm64"):  # Linux, macOS
+        return ARM64
+    if cpu.machine not in ("x86_64", "AMD64"):  # Linux and macOS, Windows
+        return PORTABLE
+    return X86_AVX2 if cpu.pairs_in_int16 else X86_VNNI if any("vnni" in flag for flag in cpu.flags) else PORTABLE
+
 
 # Why an op_type has no integer kernel, or none that a static plan may use
 NO_KERNEL: Mapping[str, str] = {

@@ -11,6 +11,7 @@ from exporter import graph, quantize
 from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges
 from exporter.correct import bias, rounding
+from exporter.correct.rounding import Paired
 from exporter.errors import QuantizeError
 from exporter.place import Plan
 from exporter.qparams import Rounded
@@ -35,10 +36,12 @@ class Corrected:
     """The int8 graph after the corrections that helped, and the record of all that were tried.
 
     pair_rule: every layer whose kernel pairs keeps the pair rule (`rounding`), whether the target asks for it or not.
+    paired: what the rule did to each layer, where the target asks for it.
     """
 
     int8: ir.Model
     pair_rule: bool
+    paired: tuple[Paired, ...]
     corrections: tuple[Correction, ...]
 
 
@@ -61,7 +64,7 @@ def improve(
     Raises:
         QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
     """
-    rounded = rounding.under_pair_rule(model, plan) if target.pairs_in_int16 else {}
+    rounded, paired = rounding.under_pair_rule(model, plan) if target.pairs_in_int16 else ({}, ())
     plain = quantize.to_int8(model, plan, ranges, rounded)
     weights = quantize.weights(plain)
     broken = _breaks_pair_rule(model, plan, weights)
@@ -76,7 +79,7 @@ def improve(
     after = _snr_db(better, expected, batches)
     kept = after > before + WORTH_DB
     tried = Correction(name="bias", before_db=before, after_db=after, kept=kept)
-    return Corrected(int8=better if kept else plain, pair_rule=broken is None, corrections=(tried,))
+    return Corrected(int8=better if kept else plain, pair_rule=broken is None, paired=paired, corrections=(tried,))
 
 
 def _breaks_pair_rule(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -> ir.Node | None:

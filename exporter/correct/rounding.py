@@ -15,7 +15,9 @@ rule shares its excess between its two codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -34,17 +36,65 @@ NOTHING = 1e-30
 SCALES = np.linspace(0.8, 2.0, 41)
 
 
-def under_pair_rule(model: ir.Model, plan: Plan) -> Mapping[str, Rounded]:
-    """{weight initializer: its codes} of each int8 layer whose kernel pairs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """What the pair rule did to one layer's weight.
+
+    broken: share, 0..1, of its pairs that nearest full-range codes would break; 0.0 is a layer that never needed the rule.
+    nearest_db, kept_db: SNR of the weight, 10 log10(Σ w² / Σ (w - code · scale)²), with these codes and with ours.
+    """
+
+    node: str
+    broken: float
+    nearest_db: float
+    kept_db: float
+
+    def __str__(self) -> str:
+        if not self.broken:
+            return "pair rule: no pair breaks it"
+        share = f"{100 * self.broken:.2g} % of pairs would break it"
+        return f"pair rule: {share}; weight SNR {self.nearest_db:.1f} -> {self.kept_db:.1f} dB"
+
+
+def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, Rounded], tuple[Paired, ...]]:
+    """{weight initializer: its codes} of each int8 layer whose kernel pairs, and what that cost or won."""
     rounded: dict[str, Rounded] = {}
+    effects: list[Paired] = []
     for node, value in paired_layers(model, plan):
         name, weight = value.name or "", graph.constant(value)
-        if name not in rounded and weight is not None:
-            codes, scale = fit(_rows(node, weight))
-            rounded[name] = Rounded(
-                codes=_from_rows(node, codes, weight.shape), scale=scale, channel_axis=_channel_axis(node)
-            )
-    return rounded
+        if weight is None:
+            continue
+        rows = _rows(node, weight)
+        codes, scale = fit(rows)
+        effects.append(_effect(node.name or "", rows, codes, scale))
+        rounded[name] = Rounded(
+            codes=_from_rows(node, codes, weight.shape), scale=scale, channel_axis=_channel_axis(node)
+        )
+    return rounded, tuple(effects)
+
+
+def _effect(node: str, rows: Array, codes: Array, scale: Array) -> Paired:
+    unit = _unit(rows)
+    nearest = np.rint(rows / unit[:, None])
+    pairs = (rows.shape[1] // 2) * len(rows)
+    moved = (keep_pair_rule(nearest) != nearest)[:, : rows.shape[1] // 2 * 2].reshape(len(rows), -1, 2).any(axis=2)
+    return Paired(
+        node=node,
+        broken=float(moved.sum()) / max(pairs, 1),
+        nearest_db=_snr_db(rows, nearest * unit[:, None]),
+        kept_db=_snr_db(rows, codes * scale[:, None]),
+    )
+
+
+def _snr_db(exact: Array, rounded: Array) -> float:
+    signal, noise = (float((each.astype(np.float64) ** 2).sum()) for each in (exact, exact - rounded))
+    return 10 * math.log10(signal / noise) if signal and noise else math.inf
+
+
+def _unit(rows: Array) -> Array:
+    """The scale per channel at which its largest weight has the largest code, float32 [channels]; 1 for a row of nothing."""
+    largest = np.abs(rows).max(axis=1)
+    return np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
 
 
 def paired_layers(model: ir.Model, plan: Plan) -> list[tuple[ir.Node, ir.Value]]:
@@ -67,8 +117,7 @@ def fit(rows: Array) -> tuple[Array, Array]:
     Returns:
         codes int8 [channels, K] that keep the pair rule, scale float32 [channels] > 0. A row of nothing has scale 1.
     """
-    largest = np.abs(rows).max(axis=1)
-    unit = np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
+    unit = _unit(rows)
     best = np.full(len(rows), np.inf)
     scale, codes = unit.copy(), np.zeros(rows.shape, np.int8)
     for factor in SCALES:
