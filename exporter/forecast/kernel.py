@@ -45,7 +45,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Excess:
-    """excess: int64 [positions, channels]; clipped: how many of these sums held a pair that saturated."""
+    """excess: int32 [positions, channels]; clipped: how many of these sums held a pair that saturated."""
 
     excess: Array
     clipped: int
@@ -65,11 +65,11 @@ def breaking(rows: Array) -> Pairs:
 
 
 def exact_sums(codes: Array, rows: Array) -> Array:
-    """codes [positions, K] times rows [channels, K], as int64 [positions, channels]; both of 8 bits, signed or not."""
-    total = np.zeros((len(codes), len(rows)), np.int64)
+    """codes [positions, K] times rows [channels, K], both of 8 bits, as int32 [positions, channels] that wraps as the kernel's."""
+    total = np.zeros((len(codes), len(rows)), np.int32)
     for start in range(0, codes.shape[1], EXACT_K):
         block = slice(start, start + EXACT_K)
-        total += (codes[:, block].astype(np.float32) @ rows[:, block].astype(np.float32).T).astype(np.int64)
+        total += (codes[:, block].astype(np.float32) @ rows[:, block].astype(np.float32).T).astype(np.int32)
     return total
 
 
@@ -80,7 +80,7 @@ def excess(codes: Array, pairs: Pairs, channels: int) -> Excess:
         codes: uint8 [positions, K].
         pairs: of a weight with K columns and so many channels.
     """
-    taken = np.zeros((channels, len(codes)), np.int64)
+    taken = np.zeros((channels, len(codes)), np.int32)
     clipped = 0
     for start in range(0, len(codes), 1024):  # so many positions at a time; the gather reads rows of the transpose
         columns = np.ascontiguousarray(codes[start : start + 1024].T)
@@ -90,7 +90,7 @@ def excess(codes: Array, pairs: Pairs, channels: int) -> Excess:
             p -= np.clip(p, LOWEST, HIGHEST)
             begins = np.flatnonzero(np.diff(some.channel, prepend=-1))
             of = some.channel[begins]
-            taken[of, start : start + 1024] += np.add.reduceat(p, begins, axis=0, dtype=np.int64)
+            taken[of, start : start + 1024] += np.add.reduceat(p, begins, axis=0)
             clipped += int(np.count_nonzero(np.logical_or.reduceat(p != 0, begins, axis=0)))
     return Excess(excess=taken.T, clipped=clipped)
 

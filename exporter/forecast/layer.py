@@ -91,8 +91,8 @@ def can_clip(node: onnx.NodeProto, constants: Mapping[str, Array], dtypes: Mappi
     name = name_of(node)
     if weight is None:
         return Layer(node=node, name=name, rows=None, pairs=())
-    if node.op_type == "QLinearConv" and weight.shape[:2] == (attribute(node, "group", 1), 1):
-        return None  # depthwise: its kernel widens first
+    if node.op_type == "QLinearConv" and _is_depthwise(node, weight):
+        return None
     stacks = rows_of(node, weight)
     pairs = tuple(kernel.breaking(rows) for rows in stacks.reshape(-1, *stacks.shape[-2:]))
     if not any(len(each.first) for each in pairs):
@@ -101,14 +101,25 @@ def can_clip(node: onnx.NodeProto, constants: Mapping[str, Array], dtypes: Mappi
     return Layer(node=node, name=name, rows=stacks if matrix else None, pairs=pairs if matrix else ())
 
 
+def _is(node: onnx.NodeProto, dtypes: Mapping[str, np.dtype], first: type, second: type) -> bool:
+    return dtypes.get(node.input[0]) == first and dtypes.get(node.input[1]) == second
+
+
+def _is_depthwise(node: onnx.NodeProto, weight: Array) -> bool:
+    """Its kernel widens before it multiplies, and does not pair."""
+    return weight.shape[:2] == (attribute(node, "group", 1), 1)
+
+
 def _refuse_what_is_not_followed(
     node: onnx.NodeProto, constants: Mapping[str, Array], dtypes: Mapping[str, np.dtype]
 ) -> None:
     where = f"{name_of(node)} ({node.op_type})"
     do = "keep this node float, or round its weight under the pair rule (target portable)"
-    if node.op_type == "ConvInteger" and (dtypes.get(node.input[0]), dtypes.get(node.input[1])) == (np.int8, np.uint8):
+    if node.op_type == "ConvInteger" and _is(node, dtypes, np.int8, np.uint8):
         # its kernel multiplies weight by activation, so that the activation takes the place of the int8 side
-        raise PacklightError(where, found="int8 activations, uint8 weights", expected="a kernel that is followed", do=do)
+        raise PacklightError(
+            where, found="int8 activations, uint8 weights", expected="a kernel that is followed", do=do
+        )
     for at in INSIDE.get(node.op_type, ()):
         weight = constants.get(node.input[at])
         if dtypes.get(node.input[at]) != np.int8:
@@ -152,11 +163,14 @@ def run(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tuple[
 
 def _conv(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tuple[Array, Clips]:
     x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias = inputs
-    assert x is not None and w is not None and x_scale is not None and w_scale is not None and y_scale is not None
+    assert x is not None
+    assert w is not None
     zero_x, zero_w, zero_y = (_scalar(each) for each in (x_zero, w_zero, y_zero))
-    scale = np.float32(x_scale.reshape(())) * w_scale.reshape(-1) / np.float32(y_scale.reshape(()))
+    scale = _scale(layer, x_scale, 0) * _scale(layer, w_scale, 1) / _scale(layer, y_scale, 0)
     rows = rows_of(layer.node, w) if layer.rows is None else layer.rows
-    pairs = layer.pairs or tuple(kernel.breaking(each) for each in rows)
+    pairs = layer.pairs or tuple(
+        kernel.breaking(each if not _is_depthwise(layer.node, w) else each[:0]) for each in rows
+    )
     last = bool(attribute(layer.node, "channels_last", 0))
     strides, dilations, pads = _window(layer.node, w.shape[2:], (x.shape[1:-1] if last else x.shape[2:]))
     padded = np.pad(x if last else np.moveaxis(x, 1, -1), ((0, 0), *pads, (0, 0)), constant_values=zero_x)
@@ -185,7 +199,8 @@ def _conv(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tupl
 def _matmul(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tuple[Array, Clips]:
     node = layer.node
     a, b = (inputs[at] for at in OPERANDS[node.op_type])
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     a_zero, b_zero = {
         "MatMulInteger": (inputs[2], inputs[3]),
         "MatMulIntegerToFloat": (inputs[4], inputs[5]),
@@ -193,7 +208,7 @@ def _matmul(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tu
     if node.op_type == "QGemm" and attribute(node, "transA", 0):
         a = a.T
     rows = rows_of(node, b)
-    zeros = [0 if each is None else each.astype(np.int64) for each in (a_zero, b_zero)]
+    zeros = [0 if each is None else each.astype(np.int32) for each in (a_zero, b_zero)]
     left = np.atleast_2d(a)
     acc, clips = _products(layer, left, rows, _one(layer, zeros[0]), _columns(layer, zeros[1]), saturates)
     acc = acc[..., 0, :] if a.ndim == 1 else acc
@@ -201,9 +216,7 @@ def _matmul(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tu
     return _finish(layer, acc, inputs), clips
 
 
-def _products(
-    layer: Layer, a: Array, rows: Array, a_zero: int, b_zero: Array, saturates: bool
-) -> tuple[Array, Clips]:
+def _products(layer: Layer, a: Array, rows: Array, a_zero: int, b_zero: Array, saturates: bool) -> tuple[Array, Clips]:
     """[..., M, N] of a [..., M, K] and rows [..., N, K], matrix by matrix."""
     if rows.ndim == 2:
         pairs = layer.pairs[0] if layer.pairs else kernel.breaking(rows)
@@ -212,7 +225,7 @@ def _products(
     batch = np.broadcast_shapes(a.shape[:-2], rows.shape[:-2])
     lefts = np.broadcast_to(a, batch + a.shape[-2:])
     rights = np.broadcast_to(rows, batch + rows.shape[-2:])
-    acc, clips = np.empty((*batch, a.shape[-2], rows.shape[-2]), np.int64), Clips()
+    acc, clips = np.empty((*batch, a.shape[-2], rows.shape[-2]), np.int32), Clips()
     for at in np.ndindex(batch):
         pairs = kernel.breaking(rights[at])
         acc[at], found = _sums(lefts[at], rights[at], pairs, a_zero, b_zero, saturates)
@@ -223,10 +236,10 @@ def _products(
 def _sums(
     codes: Array, rows: Array, pairs: Pairs, a_zero: int, b_zero: Array | int, saturates: bool
 ) -> tuple[Array, Clips]:
-    """Σ (a - a_zero)(b - b_zero), less what saturation takes, as int64 [positions, channels]."""
-    acc = kernel.exact_sums(codes, rows) - a_zero * rows.sum(axis=1, dtype=np.int64)
+    """Σ (a - a_zero)(b - b_zero), less what saturation takes, as int32 [positions, channels]."""
+    acc = kernel.exact_sums(codes, rows) - a_zero * rows.sum(axis=1, dtype=np.int32)
     if np.any(b_zero):
-        acc -= b_zero * (codes.sum(axis=1, dtype=np.int64)[:, None] - a_zero * codes.shape[1])
+        acc -= b_zero * (codes.sum(axis=1, dtype=np.int32)[:, None] - a_zero * codes.shape[1])
     if not saturates:
         return acc, Clips()
     found = kernel.excess(codes, pairs, len(rows))
@@ -236,34 +249,35 @@ def _sums(
 
 def _finish(layer: Layer, acc: Array, inputs: Sequence[Array | None]) -> Array:
     """From the accumulator to the node's output."""
-    node, one = layer.node, np.float32(1)
+    node = layer.node
     if node.op_type == "MatMulInteger":
-        return acc.astype(np.int32)
+        return acc
     if node.op_type == "MatMulIntegerToFloat":
         a_scale, b_scale, bias = inputs[2], inputs[3], inputs[6]
-        real = acc.astype(np.int32).astype(np.float32) * (_scale(layer, a_scale, 0) * _scale(layer, b_scale, 1))
-        return real if bias is None else real + bias
+        real = acc.astype(np.float32) * (_scale(layer, a_scale, 0) * _scale(layer, b_scale, 1))
+        return np.asarray(real if bias is None else real + bias)
     if node.op_type == "QLinearMatMul":
-        scale = _scale(layer, inputs[1], 0) * _scale(layer, inputs[4], 1) / _scale(layer, inputs[6], 0)
-        return requantize(acc, scale, _scalar(inputs[7]))
-    found = [helper.get_attribute_value(each) for each in node.attribute if each.name == "alpha"]
-    alpha = np.float32(found[0]) if found else one
-    scale = alpha * _scale(layer, inputs[1], 0) * _scale(layer, inputs[4], 1)
+        products = _scale(layer, inputs[1], 0) * _scale(layer, inputs[4], 1)
+        return requantize(acc, products / _scale(layer, inputs[6], 0), _scalar(inputs[7]))
+    alpha = next((each.f for each in node.attribute if each.name == "alpha"), 1.0)
+    products = np.float32(alpha) * _scale(layer, inputs[1], 0) * _scale(layer, inputs[4], 1)
     acc = acc if inputs[6] is None else acc + inputs[6]
     if inputs[7] is None:
-        return np.asarray(acc.astype(np.int32).astype(np.float32) * scale)
-    return requantize(acc, scale / _scale(layer, inputs[7], 0), _scalar(inputs[8]))
+        return np.asarray(acc.astype(np.float32) * products)
+    return requantize(acc, products / _scale(layer, inputs[7], 0), _scalar(inputs[8]))
 
 
 def requantize(acc: Array, scale: Array, zero_point: int) -> Array:
     """round(clip(acc · scale, -zero_point, 255 - zero_point)) + zero_point as uint8, in float32, half to even.
 
     Args:
-        acc: [..., channels], wrapped to int32 as the kernel's is.
+        acc: int32 [..., channels].
         scale: float32, [] or [1] or [channels].
     """
     real = acc.astype(np.int32).astype(np.float32) * scale
-    return np.asarray(np.rint(np.clip(real, np.float32(-zero_point), np.float32(255 - zero_point))) + zero_point, np.uint8)
+    return np.asarray(
+        np.rint(np.clip(real, np.float32(-zero_point), np.float32(255 - zero_point))) + zero_point, np.uint8
+    )
 
 
 def _scalar(value: Array | None) -> int:
@@ -288,7 +302,7 @@ def _scale(layer: Layer, value: Array | None, rank: int) -> Array:
     assert value is not None
     if value.ndim > max(rank, 1) or (rank == 0 and value.size != 1):
         raise _odd(layer, f"a scale of shape {list(value.shape)}", "one, or one a column of the weight")
-    return value.reshape(()) if value.size == 1 else value
+    return np.asarray(value.reshape(()) if value.size == 1 else value, np.float32)
 
 
 def _odd(layer: Layer, found: str, expected: str) -> PacklightError:

@@ -27,9 +27,29 @@ from runtime.errors import BundleError, PacklightError
 from runtime.session import ERRORS_ONLY, NO_ENTRIES, ORT_ERRORS, PROVIDERS
 
 # ONNX Runtime's words for a tensor's type -> ONNX's number
-ELEMENTS = {
-    f"tensor({name.lower()})": number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"
-}
+ELEMENTS = {f"tensor({name.lower()})": number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"}
+
+
+# Kernels that give float and have the same bits on every x86: one rounding an element by IEEE 754, or none
+SAME = frozenset(
+    {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulIntegerToFloat", "QGemm", "Cast", "Add", "Sub", "Mul", "Div"}
+    | {"Relu", "LeakyRelu", "Clip", "Max", "Min", "Abs", "Neg", "Sqrt", "Where", "Identity", "Constant", "Dropout"}
+    | {
+        "Reshape",
+        "Transpose",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Split",
+        "Gather",
+        "Concat",
+        "Expand",
+        "Tile",
+    }
+    | {"Pad", "MaxPool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth", "ReduceMax", "ReduceMin", "ConstantOfShape"}
+    | {"ReorderInput", "ReorderOutput"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +63,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A graph cut at its layers that can clip; `steps` in the order in which they run."""
+    """A graph cut at its layers that can clip; `steps` in the order in which they run.
+
+    rounds_here: nodes in float whose last bits depend on the CPU: sums in an order of its own, functions by polynomials.
+    """
 
     steps: tuple[Segment | Layer, ...]
     constants: Mapping[str, Array]
     outputs: tuple[str, ...]
+    rounds_here: tuple[str, ...]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -94,7 +118,7 @@ def cut(model: ir.Model | Path, entries: Mapping[str, str] = NO_ENTRIES) -> Cut:
             steps.append(_segment(fused, nodes[here], wanted, entries))
         steps += at[here]
     kept = {name: array for name, array in constants.items() if name in wanted}
-    return Cut(steps=tuple(steps), constants=kept, outputs=outputs)
+    return Cut(steps=tuple(steps), constants=kept, outputs=outputs, rounds_here=_rounds_here(fused))
 
 
 def run(cut: Cut, inputs: Batch, saturates: bool) -> Ran:
@@ -132,6 +156,9 @@ def _open(
 ) -> ort.InferenceSession:
     settings = ort.SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
+    settings.intra_op_num_threads = (
+        1  # the threads of so many sessions would spin while numpy computes: ten times slower
+    )
     level = ort.GraphOptimizationLevel
     settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if written is not None:
@@ -156,13 +183,11 @@ def _without_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type != "DynamicQuantizeMatMul":
             nodes.append(node)
             continue
-        a, b, b_scale, b_zero, bias = [*node.input, *[""] * (5 - len(node.input))]
+        a, b, b_scale, b_zero, bias = list(node.input) + [""] * (5 - len(node.input))
         codes, scale, zero = (f"{node.output[0]}/{part}" for part in ("codes", "scale", "zero"))
         nodes.append(helper.make_node("DynamicQuantizeLinear", [a], [codes, scale, zero], f"{node.name}/quantize"))
         fused = [codes, b, scale, b_scale, zero, b_zero, bias]
-        nodes.append(
-            helper.make_node("MatMulIntegerToFloat", fused, node.output[:], node.name, domain="com.microsoft")
-        )
+        nodes.append(helper.make_node("MatMulIntegerToFloat", fused, node.output[:], node.name, domain="com.microsoft"))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
@@ -205,6 +230,15 @@ def _layers(model: onnx.ModelProto, constants: Mapping[str, Array]) -> dict[int,
                     do="keep this node float, or round its weight under the pair rule (target portable)",
                 )
     return found
+
+
+def _rounds_here(model: onnx.ModelProto) -> tuple[str, ...]:
+    floats = {name for name, dtype in _dtypes(model.graph).items() if dtype.kind == "f"}
+    return tuple(
+        layers.name_of(node)
+        for node in model.graph.node
+        if not floats.isdisjoint(node.output) and node.op_type not in SAME
+    )
 
 
 _Scope = tuple[onnx.NodeProto, Mapping[str, Array], Mapping[str, np.dtype]]
