@@ -130,7 +130,7 @@ def test_ort_file_of_another_model_is_refused(model: bytes, made: OrtModel) -> N
 def test_damaged_ort_file_and_model_are_refused(model: bytes, made: OrtModel) -> None:
     with pytest.raises(QuantizeError, match="does not run as the .onnx file does"):
         ort_format.prove(replace(made, ort=made.ort[:1000]), model, batches(1), SESSION, "portable")
+    unknown = int8.matmul(np.ones((4, 4), np.int8))
+    unknown.graph.node[0].op_type = "Unheard"
     with pytest.raises(QuantizeError, match="cannot write it"):
-        unknown = int8.matmul(np.ones((4, 4), np.int8))
-        unknown.graph.node[0].op_type = "Unheard"
         ort_format.convert(unknown.SerializeToString(), {}, "portable")
