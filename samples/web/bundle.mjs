@@ -37,10 +37,11 @@ export async function open(get, { ort = false, say = () => {} } = {}) {
   }
   say(`verifying ${name}`);
   const model = await verified(get, manifest, name);
-  portable(model, name);
+  if (!ort) portable(model, name); // an .ort file names every domain; wasm has no such kernels and refuses it by itself
   say(`verifying ${manifests.PROBE}`);
-  const batches = probes.read(await verified(get, manifest, manifests.PROBE));
-  for (const [number, batch] of batches.entries()) agree(batch, manifest, `${manifests.PROBE}, batch ${number}`);
+  const batches = probes
+    .read(await verified(get, manifest, manifests.PROBE))
+    .map((batch, number) => agree(batch, manifest, `${manifests.PROBE}, batch ${number}`));
   return { manifest, model, modelName: name, batches };
 }
 
@@ -72,15 +73,18 @@ function portable(model, name) {
   }
 }
 
+/** The batch with its tensors in the manifest's order, or a Refusal where they are not the manifest's. */
 function agree(batch, { inputs, outputs }, where) {
-  const sizes = new Map();
+  const [sizes, ordered] = [new Map(), {}];
   for (const [role, listed] of [['input', inputs], ['fp32', outputs], ['int8', outputs]]) {
     const [found, expected] = [[...batch[role].keys()].sort(), listed.map(({ name }) => name).sort()];
     if (JSON.stringify(found) !== JSON.stringify(expected)) {
       throw new Refusal(`${where}, ${role}`, { found: `tensors ${found}`, expected: `${expected}`, advice: 'export again' });
     }
-    for (const tensor of listed) fits(batch[role].get(tensor.name), tensor, sizes, `${where}, ${role} ${tensor.name}`);
+    ordered[role] = new Map(listed.map(({ name }) => [name, batch[role].get(name)]));
+    for (const tensor of listed) fits(ordered[role].get(tensor.name), tensor, sizes, `${where}, ${role} ${tensor.name}`);
   }
+  return ordered;
 }
 
 /** Hold an array against a tensor of the manifest; one named dimension has one size in all inputs of one run. */

@@ -3,7 +3,7 @@
 import { fits } from './bundle.mjs';
 import { deviceQ, measure } from './drift.mjs';
 import { integerMacs, median, trace } from './kernels.mjs';
-import { INT8 } from './manifest.mjs';
+import { INT8, KEYS } from './manifest.mjs';
 import { Refusal } from './refusal.mjs';
 
 export const MACHINE = 'wasm32';
@@ -130,7 +130,12 @@ async function open(ort, { manifest, model, modelName }, { entries = {}, profile
     });
   } catch (error) {
     const what = `${modelName}: onnxruntime-web ${ort.env.versions.web} cannot open it`;
-    throw new Refusal(what, { found: String(error?.message ?? error).slice(0, 300) });
+    const made = manifest.versions?.onnxruntime ?? 'another version';
+    throw new Refusal(what, {
+      found: String(error?.message ?? error).slice(0, 300),
+      expected: `a model that onnxruntime ${made} wrote for this version`,
+      advice: 'set the page up with a newer onnxruntime-web, or export again',
+    });
   }
 }
 
@@ -176,7 +181,8 @@ async function outputs(session, manifest, tensors) {
 
 function limits(budget, drift, integer, sizeBytes) {
   const lines = [];
-  for (const [name, limit] of Object.entries(budget)) {
+  for (const name of KEYS.Budget) {
+    const limit = budget[name];
     const metric = name.replace(/^min_/, '');
     const hold = name.startsWith('max_') ? ceiling : floor;
     if (limit === null || metric === 'max_ram_bytes') continue; // memory cannot be measured here; notes() says so

@@ -8,9 +8,6 @@ const at = (id) => document.getElementById(id);
 const asked = new URLSearchParams(location.search);
 let worker = null;
 
-start();
-at('again').addEventListener('click', start);
-
 function start() {
   at('again').disabled = true;
   at('verdict').textContent = '';
@@ -213,7 +210,7 @@ function table(titles, rows, stacked = true) {
       'td',
       { className: kinds[column] + met(titles[column], words) },
       ...(stacked && column ? [element('span', { className: 'label' }, `${plain[column]} `)] : []),
-      element('span', {}, ...breakable(words)),
+      element('span', {}, ...(kinds[column] === 'number' ? [String(words)] : breakable(words))),
     );
   const head = element('tr', {}, ...plain.map((title, column) => element('th', { className: kinds[column], scope: 'col' }, title)));
   const body = rows.map((row) => element('tr', {}, ...row.map(cell)));
@@ -223,3 +220,6 @@ function table(titles, rows, stacked = true) {
     element('table', {}, element('thead', {}, head), element('tbody', {}, ...body)),
   );
 }
+
+at('again').addEventListener('click', start);
+start();

@@ -31,9 +31,11 @@ SECONDS = 60.0  # a check takes a few, on a busy machine some ten; a minute mean
 IN_PLACE = (
     "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
 )
+INSECURE = "packlight.test"  # a name of this machine that is not localhost: over http it is no secure context
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+    f"--host-resolver-rules=MAP {INSECURE} 127.0.0.1",
 )
 
 
@@ -199,6 +201,8 @@ class Page:
                 self.requests.append(params["request"]["url"])
             case "Log.entryAdded":
                 self.logged.append(params["entry"]["text"])
+            case "Runtime.exceptionThrown":
+                self.logged.append(params["exceptionDetails"]["text"])
             case "Target.attachedToTarget" if params["waitingForDebugger"]:
                 for method in ("Network.enable", "Log.enable", "Runtime.runIfWaitingForDebugger"):
                     self._send(params["sessionId"], method, {})
