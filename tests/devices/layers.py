@@ -193,7 +193,14 @@ def _patches(x: Array, weight: Array, window: Window, x_zero: int) -> Array:
 
 
 def _codes_out(
-    node: onnx.NodeProto, x: Array, weight: Array, sums: Sums, codes: Codes, *, weight_axis: int, channels_last: bool = True
+    node: onnx.NodeProto,
+    x: Array,
+    weight: Array,
+    sums: Sums,
+    codes: Codes,
+    *,
+    weight_axis: int,
+    channels_last: bool = True,
 ) -> Layer:
     """The layer between DequantizeLinear and QuantizeLinear; y_scale spreads the exact sums over all codes."""
     scale = _weight_scale(weight.shape[weight_axis] if codes.per_channel else None)

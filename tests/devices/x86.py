@@ -24,7 +24,11 @@ CPUID, INVALID = b"\x0f\xa2", b"\x06\xa2"  # 06 is no instruction in 64-bit mode
 PACKAGES = Path(onnxruntime.__file__).resolve().parents[1]
 SOURCE = Path(__file__).with_name("cpuid.c")
 MEGAHERTZ = re.compile(r"^cpu MHz.*$", re.MULTILINE)  # changes from one reading to the next
-HIDDEN = {"full": (), "avx512": ("vnni", "amx"), "avx2": ("vnni", "amx", "avx512", "avx10")}  # flags that have it in their name
+HIDDEN = {
+    "full": (),
+    "avx512": ("vnni", "amx"),
+    "avx2": ("vnni", "amx", "avx512", "avx10"),
+}  # flags that have it in their name
 
 
 @functools.cache

@@ -1,0 +1,116 @@
+"""Whole bundles on other CPUs: a portable one has the bits recorded at export on every x86, and is met on ARM."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import exporter
+from exporter.source import from_file
+from runtime import cpu
+from tests import devices
+from tests.devices.guest import ROOT
+
+WITHOUT_VNNI = ("avx512", "avx2")
+
+CHECK = """
+import json, sys
+import runtime
+verdict = runtime.check(runtime.load(sys.argv[1], threads=1))
+print(json.dumps({
+    "met": verdict.met, "exact": verdict.exact, "integer_macs": verdict.integer_macs,
+    "device_db": min(verdict.device.worst_snr_db, 999.0), "unmet": [str(line) for line in verdict.lines if not line.met],
+}))
+"""
+
+
+def check(device: str, bundle: Path) -> dict[str, Any]:
+    """What `runtime.check` finds there."""
+    found: dict[str, Any] = json.loads(devices.run(device, CHECK, str(bundle)).stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="packlight-bundles-") as made:
+        yield Path(made)
+    one_signed.cache_clear()
+    digits.cache_clear()
+
+
+@functools.cache
+def one_signed(folder: Path, recipe: str) -> Path:
+    """Conv and Linear layers whose weights have one sign: at full range nothing cancels, and every pair saturates."""
+    generator = torch.Generator().manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(1152, 5))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    source = exporter.from_module(network, {"x": np.ones((1, 3, 16, 16), np.float32)}, ["y"])
+    random = np.random.default_rng(0)
+    seen = [{"x": random.uniform(0, 1, (1, 3, 16, 16)).astype(np.float32)} for _ in range(8)]
+    exporter.export(source, exporter.load_recipe(recipe), calibration=seen, out=folder / f"one-signed-{recipe}")
+    return folder / f"one-signed-{recipe}"
+
+
+@functools.cache
+def digits(folder: Path, recipe: str) -> Path:
+    """samples/digits: trained, residual."""
+    sample = from_file(str(ROOT / "samples" / "digits"))
+    assert sample.calibration is not None
+    assert sample.heldout is not None
+    exporter.export(
+        sample.source(),
+        exporter.load_recipe(recipe),
+        calibration=sample.calibration(),
+        heldout=sample.heldout(),
+        out=folder / f"digits-{recipe}",
+    )
+    return folder / f"digits-{recipe}"
+
+
+@pytest.mark.parametrize("device", ["full", *WITHOUT_VNNI])
+def test_portable_bundle_has_the_recorded_bits(device: str, folder: Path) -> None:
+    found = check(device, one_signed(folder, "portable"))
+    assert (found["met"], found["exact"], found["integer_macs"]) == (True, True, 1.0), found
+
+
+@pytest.mark.skipif(cpu.pairs_in_int16(), reason="this CPU has no VNNI: what it records has saturated already")
+@pytest.mark.parametrize("device", WITHOUT_VNNI)
+def test_bundle_for_vnni_that_saturates_is_far_from_the_recorded_outputs_and_not_met(device: str, folder: Path) -> None:
+    found = check(device, one_signed(folder, "x86-vnni"))
+    assert not found["exact"]
+    assert found["device_db"] < 20, found
+    assert not found["met"], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", devices.X86)
+def test_trained_portable_bundle_has_the_recorded_bits(device: str, folder: Path) -> None:
+    found = check(device, digits(folder, "portable"))
+    assert (found["met"], found["exact"], found["integer_macs"]) == (True, True, 1.0), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", devices.ARM)
+def test_layers_without_an_add_have_the_recorded_bits_on_arm(device: str, folder: Path) -> None:
+    found = check(device, one_signed(folder, "portable"))
+    assert (found["met"], found["exact"], found["integer_macs"]) == (True, True, 1.0), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", devices.ARM)
+def test_trained_portable_bundle_is_met_on_arm(device: str, folder: Path) -> None:
+    """QLinearAdd may differ by one code there, so bits may differ."""
+    found = check(device, digits(folder, "portable"))
+    assert (found["met"], found["integer_macs"]) == (True, 1.0), found
+    assert found["device_db"] > 40, found
