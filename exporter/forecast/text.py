@@ -30,6 +30,8 @@ def render(forecast: Forecast, name: str) -> str:
             lines += _row("FP32", text)
     batches = forecast.drift.batches
     lines += _row("data", f"{batches} batch{'es' if batches != 1 else ''}")
+    if forecast.rounds_here:
+        lines += _row("float", _float(forecast.rounds_here))
     if forecast.clips:
         lines += _row("do", "export for target portable or x86-avx2: its weights keep the pair rule and cannot clip")
     return "\n".join(lines)
@@ -47,6 +49,12 @@ def _moved(output: OutputDrift) -> str:
         return "as with VNNI, bit for bit"
     same = "" if output.same_top1 is None else f", same top-1 {_percent(output.same_top1)}"
     return f"SNR {_db(output.snr_db)} against those with VNNI, max abs {output.max_abs:.3g}{same}"
+
+
+def _float(nodes: tuple[str, ...]) -> str:
+    named = ", ".join(middle(node, 24) for node in nodes[:3]) + (", ..." if len(nodes) > 3 else "")
+    round_as = "nodes in float round as this CPU does" if len(nodes) > 1 else "node in float rounds as this CPU does"
+    return f"{len(nodes)} {round_as}: {named}; elsewhere last bits differ"
 
 
 def _table(forecast: Forecast) -> Iterator[str]:

@@ -100,23 +100,16 @@ def cut(model: ir.Model | Path, entries: Mapping[str, str] = NO_ENTRIES) -> Cut:
     fused = _with_types(_without_dynamic(_as_it_runs(model, entries)), entries)
     constants = {each.name: numpy_helper.to_array(each) for each in fused.graph.initializer}
     found = _layers(fused, constants)
-    level = _levels(fused.graph, found)
-    nodes: dict[int, list[onnx.NodeProto]] = defaultdict(list)
-    at: dict[int, list[Layer]] = defaultdict(list)
-    for node in fused.graph.node:
-        here = level[node.output[0]] if id(node) not in found else level[node.output[0]] - 1
-        if id(node) in found:
-            at[here].append(found[id(node)])
-        else:
-            nodes[here].append(node)
+    nodes, behind = _levels(fused.graph, found)
     outputs = tuple(each.name for each in fused.graph.output)
     wanted = {name for each in found.values() for name in each.node.input} | set(outputs)
-    wanted |= {name for here in nodes for node in nodes[here] for name in _reads(node) if level.get(name, 0) < here}
+    wanted |= {name for at in nodes for node in nodes[at] for name in _reads(node) if behind.get(name, 0) < at}
     steps: list[Segment | Layer] = []
-    for here in sorted({*nodes, *at}):
-        if here in nodes:
-            steps.append(_segment(fused, nodes[here], wanted, entries))
-        steps += at[here]
+    for at in sorted(nodes):
+        between = [node for node in nodes[at] if node.output[0] not in found]
+        if between:
+            steps.append(_segment(fused, between, wanted, entries))
+        steps += [found[node.output[0]] for node in nodes[at] if node.output[0] in found]
     kept = {name: array for name, array in constants.items() if name in wanted}
     return Cut(steps=tuple(steps), constants=kept, outputs=outputs, rounds_here=_rounds_here(fused))
 
@@ -214,13 +207,13 @@ def _dtypes(of: onnx.GraphProto) -> dict[str, np.dtype]:
     return {name: helper.tensor_dtype_to_np_dtype(code) for name, code in given.items() if code}
 
 
-def _layers(model: onnx.ModelProto, constants: Mapping[str, Array]) -> dict[int, Layer]:
-    """{id of a node: its Layer} of those that can clip, all of them in the outermost graph."""
+def _layers(model: onnx.ModelProto, constants: Mapping[str, Array]) -> dict[str, Layer]:
+    """{output: Layer} of the nodes that can clip, all of them in the outermost graph."""
     dtypes = _dtypes(model.graph)
-    found: dict[int, Layer] = {}
+    found: dict[str, Layer] = {}
     for node in model.graph.node:
         if (layer := layers.can_clip(node, constants, dtypes)) is not None:
-            found[id(node)] = layer
+            found[node.output[0]] = layer
         for inner, its_constants, its_dtypes in _inside(node, constants, dtypes):
             if layers.can_clip(inner, its_constants, its_dtypes) is not None:
                 raise PacklightError(
@@ -268,13 +261,17 @@ def _reads(node: onnx.NodeProto) -> set[str]:
     return read - {""}
 
 
-def _levels(of: onnx.GraphProto, found: Mapping[int, Layer]) -> dict[str, int]:
-    """For each tensor how many layers that can clip are behind it, along the longest way."""
-    level: dict[str, int] = {}
+def _levels(
+    of: onnx.GraphProto, found: Mapping[str, Layer]
+) -> tuple[Mapping[int, list[onnx.NodeProto]], Mapping[str, int]]:
+    """Nodes by how many layers that can clip are before them, along the longest way, and for each tensor how many are behind it."""
+    nodes: dict[int, list[onnx.NodeProto]] = defaultdict(list)
+    behind: dict[str, int] = {}
     for node in of.node:
-        here = max((level.get(name, 0) for name in _reads(node)), default=0) + (id(node) in found)
-        level |= dict.fromkeys(filter(None, node.output), here)
-    return level
+        at = max((behind.get(name, 0) for name in _reads(node)), default=0)
+        nodes[at].append(node)
+        behind |= dict.fromkeys(node.output, at + (node.output[0] in found))
+    return nodes, behind
 
 
 def _segment(

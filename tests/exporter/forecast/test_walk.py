@@ -18,6 +18,7 @@ from runtime import cpu
 from runtime.errors import PacklightError
 from runtime.session import open_session
 from tests import devices
+from tests.exporter import graphs
 from tests.exporter.forecast import cases
 from tests.exporter.forecast.cases import Case
 
@@ -91,3 +92,70 @@ def test_every_case_clips_but_those_whose_kernels_are_exact(name: str) -> None:
     assert cut.rounds_here == ()
     if name in EXACT:
         assert cut.layers == ()
+
+
+@pytest.mark.parametrize("entries", [{"session.qdqisint8allowed": "1"}, {"session.x64quantprecision": "1"}])
+def test_session_entries_decide_which_kernels_run_and_so_what_clips(entries: Mapping[str, str]) -> None:
+    case = cases.by_name("chain s8s8")
+    assert len(walk.cut(model(case)).layers) == 3
+    cut = walk.cut(model(case), entries)
+    assert cut.layers == ()
+    opened = open_session(case.model, entries=entries)
+    assert_same_bits(walk.run(cut, case.inputs, saturates=True).outputs, {"y": opened.run(None, dict(case.inputs))[0]})
+
+
+def test_float_nodes_that_other_cpus_round_otherwise_are_named() -> None:
+    made = graphs.model(
+        "(float[N,4] x) => (float[N,4] y) { [add] a = Add(x, x) [soft] b = Softmax(a) [relu] c = Relu(b) [dot] y = MatMul(c, w) }",
+        {"w": cases.leaning(0, 4, 4)},
+    )
+    assert walk.cut(made).rounds_here == ("soft", "dot")
+
+
+def lstm(lean: int) -> Case:
+    """A DynamicQuantizeLSTM whose weights are `lean`."""
+    shape = {"w": (1, 4, 32), "r": (1, 8, 32)}
+    inputs: dict[str, Array | None] = {
+        "x": cases.real(0, 3, 1, 4),
+        **{name: np.full(size, lean, np.int8) for name, size in shape.items()},
+        **dict.fromkeys(("b", "lengths", "h", "c", "p"), None),
+        "w_scale": np.full(1, 0.01, np.float32), "w_zero": np.zeros(1, np.int8),
+        "r_scale": np.full(1, 0.01, np.float32), "r_zero": np.zeros(1, np.int8),
+    }  # fmt: skip
+    return cases.node("DynamicQuantizeLSTM", inputs, ("x",), "com.microsoft", hidden_size=8)
+
+
+def test_weights_that_break_the_rule_inside_a_kernel_that_is_not_followed_are_refused_by_name() -> None:
+    with pytest.raises(PacklightError, match=r"^DynamicQuantizeLSTM \(DynamicQuantizeLSTM\): found weights that break"):
+        walk.cut(model(lstm(65)))
+    assert walk.cut(model(lstm(64))).layers == ()
+
+
+def test_conv_integer_of_int8_activations_by_uint8_weights_is_refused() -> None:
+    inputs = {"x": cases.codes(0, np.int8, 1, 3, 5, 5), "w": cases.codes(1, np.uint8, 4, 3, 3, 3)}
+    with pytest.raises(PacklightError, match="found int8 activations, uint8 weights"):
+        walk.cut(model(cases.node("ConvInteger", inputs, ("x",))))
+
+
+def test_layer_that_can_clip_inside_a_branch_is_refused_by_both_names() -> None:
+    made = graphs.model(
+        """(bool b, uint8[4,8] a) => (int32[4,2] y) {
+            [choice] y = If (b) <
+                then_branch = then () => (int32[4,2] t) { [inner] t = MatMulInteger(a, w) },
+                else_branch = other () => (int32[4,2] e) { [same] e = MatMulInteger(a, w) }
+            >
+        }""",
+        {"w": np.full((8, 2), 100, np.int8)},
+    )
+    with pytest.raises(PacklightError, match=r"(inner|same) \(MatMulInteger\).* inside choice \(If\)"):
+        walk.cut(made)
+
+
+def test_scale_for_each_row_is_refused() -> None:
+    inputs = {
+        "a": cases.codes(0, np.uint8, 3, 8), "b": cases.codes(1, np.int8, 8, 2),
+        "a_scale": cases.real(2, 3), "b_scale": cases.real(3, 2),
+    }  # fmt: skip
+    case = cases.node("MatMulIntegerToFloat", inputs, ("a",), "com.microsoft")
+    with pytest.raises(PacklightError, match=r"cannot be forecast: found a scale of shape \[3\]"):
+        predict(model(case), case.inputs)
