@@ -60,7 +60,7 @@ function show(verdict) {
     document.title = `${verdict.bundle.name}: ${verdict.verdict}`;
   }
   const words = verdict.error
-    ? verdict.error.message
+    ? `${[verdict.error.what, verdict.error.do].filter(Boolean).join(': ')}.`
     : `${unmet ? `${unmet} of ${verdict.lines.length} limits not met` : 'Every limit holds'}; ${coverage(verdict)}; ${device(verdict)}.`;
   status(verdict.verdict, sentence(verdict.verdict), words);
   at('offline').textContent = verdict.error ? '' : 'All is loaded: runs without the server from here on.';
