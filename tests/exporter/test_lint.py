@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from exporter import lint, ort_format
 from exporter.errors import QuantizeError
 from exporter.lint import Finding
 from exporter.target import PORTABLE, X86_VNNI
+from runtime.bundle import load
 from runtime.errors import BundleError
 from runtime.manifest import canonical
 from runtime.session import open_session
 from tests.exporter import graphs, int8
+from tests.exporter.conftest import Exported
 
 ARM = replace(PORTABLE, name="arm64", pairs_in_int16=False)
 EVERY = (None, PORTABLE, X86_VNNI, ARM)
@@ -192,3 +195,14 @@ def test_sarif_has_every_rule_and_one_result_a_finding() -> None:
         place = result["locations"][0]
         assert place["physicalLocation"]["artifactLocation"]["uri"] == "model.int8.onnx"
         assert [each["name"] for each in place.get("logicalLocations", [])] == [finding.node] * bool(finding.node)
+
+
+def test_bundle_is_held_against_its_own_target_and_its_ort_file_is_run(exported: Exported, tmp_path: Path) -> None:
+    shutil.copytree(exported.folder, tmp_path / "bundle")
+    bundle = load(tmp_path / "bundle")
+    assert lint.check_bundle(bundle, X86_VNNI) == {"model.int8.onnx": ()}
+    fp32 = (bundle.path / "model.fp32.onnx").read_bytes()
+    for model, expected in ((bundle.path / "model.int8.onnx").read_bytes(), []), (fp32, [lint.FLOAT_ORT]):
+        (bundle.path / "model.int8.ort").write_bytes(ort_format.convert(model, bundle.manifest.session, "x86-vnni").ort)
+        findings = lint.check_bundle(bundle, X86_VNNI)
+        assert [each.rule for each in findings["model.int8.ort"]] == expected
