@@ -37,8 +37,9 @@ OPERANDS = {
     "MatMulInteger": (0, 1),
     "MatMulIntegerToFloat": (0, 1),
 }
-# Kernels with such sums inside, which are not followed: op_type -> positions of weights [..., K, channels]
-INSIDE = {"DynamicQuantizeLSTM": (1, 2), "QAttention": (1,)}
+# Kernels with such sums inside, which are not followed: op_type -> positions of weights [..., K, channels].
+# DynamicQuantizeMatMul is, in the outermost graph, where it is taken apart before (walk).
+INSIDE = {"DynamicQuantizeLSTM": (1, 2), "QAttention": (1,), "DynamicQuantizeMatMul": (1,)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,8 @@ def can_clip(node: onnx.NodeProto, constants: Mapping[str, Array], dtypes: Mappi
     if node.op_type not in OPERANDS:
         return None
     a, b = (node.input[at] for at in OPERANDS[node.op_type])
-    if dtypes.get(a, np.uint8) != np.uint8 or dtypes.get(b) != np.int8:
+    # inside a branch or body a type may be unknown, and is then taken as one that can clip
+    if dtypes.get(a, np.uint8) != np.uint8 or dtypes.get(b, np.int8) != np.int8:
         return None
     weight = constants.get(b)
     name = name_of(node)

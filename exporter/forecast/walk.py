@@ -26,8 +26,8 @@ from exporter.forecast.layer import Clips, Layer
 from runtime.errors import BundleError, PacklightError
 from runtime.session import ERRORS_ONLY, NO_ENTRIES, ORT_ERRORS, PROVIDERS
 
-# ONNX Runtime's words for a tensor's type -> ONNX's number
-ELEMENTS = {f"tensor({name.lower()})": number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"}
+# ONNX Runtime's words for the type of an element -> ONNX's number
+ELEMENTS = {name.lower(): number for name, number in TensorProto.DataType.items()}
 
 
 # Kernels that give float and have the same bits on every x86: one rounding an element by IEEE 754, or none
@@ -195,10 +195,18 @@ def _with_types(model: onnx.ModelProto, entries: Mapping[str, str]) -> onnx.Mode
     told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
     types = {each.name: each.type for each in _open(told.SerializeToString(), entries, optimize=False).get_outputs()}
     del model.graph.value_info[:]
-    for name in made:
-        if types[name] in ELEMENTS:  # the others, sequences and maps, are named where one is cut
-            model.graph.value_info.append(helper.make_tensor_value_info(name, ELEMENTS[types[name]], None))
+    model.graph.value_info.extend(helper.make_value_info(name, _type(types[name])) for name in made)
     return model
+
+
+def _type(told: str) -> onnx.TypeProto:
+    """ONNX's form of a type in ONNX Runtime's words: tensor(float), seq(tensor(int64))."""
+    kind, _, inner = told.removesuffix(")").partition("(")
+    if kind == "seq":
+        return helper.make_sequence_type_proto(_type(inner))
+    if kind == "optional":
+        return helper.make_optional_type_proto(_type(inner))
+    return helper.make_tensor_type_proto(ELEMENTS[inner], None)
 
 
 def _dtypes(of: onnx.GraphProto) -> dict[str, np.dtype]:
