@@ -85,13 +85,20 @@ def _unpack_debian(folder: Path) -> None:
     for each in ("lists/partial", "cache/archives/partial"):
         (state / each).mkdir(parents=True)
     (state / "status").touch()
-    places = {"Dir::State": state, "Dir::State::lists": state / "lists", "Dir::State::status": state / "status"}
-    places |= {"Dir::Cache": state / "cache", "Debug::NoLocking": "true"}
-    # root's apt downloads as the user _apt, who cannot write here
-    settings = {"APT::Architecture": "arm64", "APT::Architectures": "arm64", "APT::Sandbox::User": "root"}
-    settings |= {"APT::Install-Recommends": "false", "Acquire::Languages": "none"}
-    settings |= {"Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false"}
-    given = [word for key, value in (places | settings).items() for word in ("-o", f"{key}={value}")]
+    settings = {
+        "Dir::State": str(state),
+        "Dir::State::lists": str(state / "lists"),
+        "Dir::State::status": str(state / "status"),
+        "Dir::Cache": str(state / "cache"),
+        "Debug::NoLocking": "true",
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Sandbox::User": "root",  # root's apt would download as the user _apt, who cannot write here
+        "APT::Install-Recommends": "false",
+        "Acquire::Languages": "none",
+        "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",  # application icons and the like
+    }
+    given = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
     _run(["apt-get", "-q", *given, "update"])
     _run(["apt-get", "-q", *given, "install", "-y", "--download-only", *DEBIAN])
     for package in sorted((state / "cache" / "archives").glob("*.deb")):
@@ -108,10 +115,18 @@ def _unpack_wheels(folder: Path, wanted: list[str]) -> None:
     platforms = [f"manylinux_2_{minor}_aarch64" for minor in range(17, 42)] + ["manylinux2014_aarch64"]
     tags = [word for each in platforms for word in ("--platform", each)]
     wheels = folder / "wheels"
-    _run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(wheels), "--no-deps", "--only-binary=:all:"]
-        + ["--python-version", version, "--implementation", "cp", *tags, *wanted]
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(wheels),
     )
+    _run([*pip, "--python-version", version, "--implementation", "cp", *tags, *wanted])
     for wheel in wheels.glob("*.whl"):
         with zipfile.ZipFile(wheel) as packed:
             packed.extractall(folder / "site")

@@ -40,7 +40,7 @@ def environment(added: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without what would steer another Python, and with what is added."""
     steering = ("PYTHONPATH", "PYTHONHOME", "LD_PRELOAD", "LD_LIBRARY_PATH")
     kept = {name: value for name, value in os.environ.items() if name not in steering}
-    return kept | {"ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": "1"} | added
+    return {**kept, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": "1", **added}
 
 
 def built(name: str, made_from: tuple[bytes | str, ...], build: Callable[[Path], None]) -> Path:

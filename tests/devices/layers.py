@@ -231,7 +231,7 @@ def _dequantized(
 ) -> tuple[list[onnx.NodeProto], dict[str, Array]]:
     """x_real and w_real from codes: nodes and constants."""
     constants = {
-        "x_scale": np.array(X_SCALE),
+        "x_scale": np.asarray(X_SCALE),
         "x_zero": np.array(codes.x_zero, x.dtype),
         "w": weight,
         "w_scale": scale,

@@ -19,7 +19,6 @@ import pytest
 from exporter.correct import rounding
 from runtime import cpu
 from runtime.kernels import trace
-from tests import devices
 from tests.devices import layers
 from tests.devices.layers import Array, Codes, Layer, Window
 
@@ -142,7 +141,7 @@ def wrong(found: Mapping[str, Array], expected: Mapping[str, Layer]) -> list[str
     return [name for name, layer in expected.items() if not np.array_equal(found[name], layer.y)]
 
 
-@pytest.mark.parametrize("device", ("full", *WITHOUT_VNNI))
+@pytest.mark.parametrize("device", ["full", *WITHOUT_VNNI])
 def test_layers_that_keep_the_rule_are_exact(device: str) -> None:
     assert wrong(run_all(device), of_kind(paired_layers(), "kept")) == []
 
@@ -168,7 +167,7 @@ def test_kernels_without_vnni_give_the_sums_of_saturated_pairs(device: str) -> N
     assert [name for name, layer in paired_layers().items() if not np.array_equal(found[name], layer.paired)] == []
 
 
-@pytest.mark.parametrize("device", ("full", *WITHOUT_VNNI))
+@pytest.mark.parametrize("device", ["full", *WITHOUT_VNNI])
 def test_depthwise_is_exact_at_full_range(device: str) -> None:
     expected = of_kind(depthwise_layers(), "full")
     assert wrong(run_all(device), expected) == []
