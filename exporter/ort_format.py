@@ -4,8 +4,8 @@ The .ort file is ONNX Runtime's own format, which a reduced build for a phone re
 so that nothing is left to decide on the device ("Fixed" style). What one CPU alone can run must not be in it:
 
 1. NCHWc, the channel block of an x86 CPU: on another CPU it computes other numbers, or does not load.
-2. Float layers in a model with signed activations: an x86 CPU leaves them float unless it is told otherwise, ARM does not.
-   So a target that is no x86 gets `session.qdqisint8allowed`, as convert_onnx_models_to_ort's --target_platform arm sets it.
+2. Float layers in a model with signed activations: ARM runs them in integers, other CPUs only when they are told to. So a
+   target that may be ARM gets `session.qdqisint8allowed`, as convert_onnx_models_to_ort's --target_platform arm sets it.
 
 ONNX Runtime writes one table of the file in the order of a hash map, which is another in every run. Same inputs, same bytes:
 so that table is written again, sorted, and the rest of the file stays as it was.
@@ -90,7 +90,7 @@ def convert(model: bytes, session: Mapping[str, str], target: str) -> OrtModel:
 def entries(model: bytes, session: Mapping[str, str], target: str) -> dict[str, str]:
     """The session's entries under which the model is optimized: the target's, and rules 1 and 2 above."""
     fixed = {**session, LISTED: ";".join(filter(None, (session.get(LISTED, ""), "NchwcTransformer")))}
-    if not target.startswith("x86-") and _has_signed_activations(onnx.load_from_string(model).graph):
+    if not target.startswith(("x86-", "wasm")) and _has_signed_activations(onnx.load_from_string(model).graph):
         fixed.setdefault(SIGNED_RUN_IN_INTEGERS, "1")
     return fixed
 

@@ -14,7 +14,7 @@ from onnxruntime.quantization import QuantType
 from exporter import lint, ort_format
 from exporter.errors import QuantizeError
 from exporter.lint import Finding
-from exporter.target import PORTABLE, X86_VNNI
+from exporter.target import ARM64, PORTABLE, TARGETS, WASM, X86_AVX2, X86_VNNI
 from runtime.bundle import load
 from runtime.errors import BundleError
 from runtime.manifest import canonical
@@ -22,8 +22,7 @@ from runtime.session import open_session
 from tests.exporter import graphs, int8
 from tests.exporter.conftest import Exported
 
-ARM = replace(PORTABLE, name="arm64", pairs_in_int16=False)
-EVERY = (None, PORTABLE, X86_VNNI, ARM)
+EVERY = (None, *TARGETS.values())
 GOOD = np.tile(np.int8([[60, -60], [68, 100], [127, -127], [-127, 127]]), (2, 1))  # pairs sum to 128, or differ in sign
 PRECISE = {"session.x64quantprecision": "1"}
 
@@ -49,7 +48,7 @@ def test_good_file_has_no_findings(target: object) -> None:
 
 def test_weight_minus_128_is_an_error_everywhere_but_on_x86() -> None:
     bad = model(changed(3, 0, -128))
-    for target in (None, PORTABLE, ARM):
+    for target in (None, PORTABLE, ARM64, WASM):
         assert (lint.MINUS_128, "error", "fc0") in found(bad, target)
     assert found(bad, X86_VNNI) == []
 
@@ -59,7 +58,7 @@ def test_weight_minus_128_is_found_in_integer_operators_and_behind_constant_node
         [w] w = Constant <value: tensor = int8[4,2] {1, 2, 3, 4, 5, 6, 7, -128}> ()
         [m] y = MatMulInteger(x, w)
     }"""
-    assert (lint.MINUS_128, "error", "m") in found(graphs.model(text), ARM)
+    assert (lint.MINUS_128, "error", "m") in found(graphs.model(text), ARM64)
 
 
 def test_layer_inside_a_branch_is_held_against_the_rules() -> None:
@@ -70,7 +69,7 @@ def test_layer_inside_a_branch_is_held_against_the_rules() -> None:
         >
     }"""
     weights = {"w": np.full((4, 2), -128, np.int8), "v": np.full((4, 2), 1, np.int8)}
-    assert found(graphs.model(text, weights), ARM) == [(lint.MINUS_128, "error", "inner")]
+    assert found(graphs.model(text, weights), ARM64) == [(lint.MINUS_128, "error", "inner")]
 
 
 def test_operator_in_the_block_of_one_cpu_is_an_error_on_every_target() -> None:
@@ -95,14 +94,14 @@ def test_shared_int8_weight_is_an_error_where_the_session_entry_is_set_and_no_se
 def test_signed_activations_are_an_error_on_x86_and_none_on_arm() -> None:
     signed = model(activation="s8")
     assert found(signed) == [(lint.TYPES, "warning", "fc0")]
-    assert found(signed, PORTABLE) == found(signed, X86_VNNI) == [(lint.TYPES, "error", "fc0")]
-    assert found(signed, ARM) == []
+    assert found(signed, PORTABLE) == found(signed, X86_VNNI) == found(signed, WASM) == [(lint.TYPES, "error", "fc0")]
+    assert found(signed, ARM64) == []
 
 
 def test_unsigned_weights_are_a_warning_where_vnni_is() -> None:
     unsigned = model(GOOD.astype(np.uint8))
     assert found(unsigned, X86_VNNI) == [(lint.TYPES, "warning", "fc0")]
-    assert found(unsigned, PORTABLE) == found(unsigned, ARM) == found(unsigned) == []
+    assert found(unsigned, PORTABLE) == found(unsigned, ARM64) == found(unsigned) == []
 
 
 @pytest.mark.parametrize("target", EVERY)
@@ -115,8 +114,8 @@ def test_wide_activations_have_no_kernel_anywhere(target: object) -> None:
 def test_pair_that_saturates_is_an_error_where_pairs_are_summed_in_int16() -> None:
     bad = model(changed(0, 0, 61))  # 61 + 68 = 129
     assert found(bad) == [(lint.PAIRS, "warning", "fc0")]
-    assert found(bad, PORTABLE) == [(lint.PAIRS, "error", "fc0")]
-    assert found(bad, X86_VNNI) == found(bad, ARM) == []
+    assert found(bad, PORTABLE) == found(bad, X86_AVX2) == [(lint.PAIRS, "error", "fc0")]
+    assert found(bad, X86_VNNI) == found(bad, ARM64) == found(bad, WASM) == []
 
 
 def test_depthwise_conv_needs_no_pair_rule_and_other_convs_do() -> None:

@@ -14,7 +14,7 @@ from onnxruntime.quantization import QuantType
 from exporter import ort_format
 from exporter.errors import QuantizeError
 from exporter.ort_format import OrtModel
-from exporter.target import SESSION
+from exporter.target import SESSION, TARGETS
 from runtime.kernels import trace
 from runtime.session import open_session
 from tests.exporter import int8
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 AGAIN = """
 import hashlib, sys
 from exporter import ort_format
-from exporter.target import SESSION
+from exporter.target import SESSION, TARGETS
 print(hashlib.sha256(ort_format.convert(sys.stdin.buffer.read(), SESSION, "portable").ort).hexdigest())
 """
 
@@ -95,10 +95,11 @@ def test_onnxruntimes_tool_leaves_logging_as_it_was(model: bytes, capfd: pytest.
     assert capfd.readouterr() == ("", "")
 
 
-def test_signed_activations_run_in_integers_on_every_target_but_x86(tmp_path: Path) -> None:
+def test_signed_activations_run_in_integers_on_every_target_that_may_be_arm(tmp_path: Path) -> None:
     signed = int8.quantized(tmp_path / "s8s8.onnx").read_bytes()
-    assert ort_format.entries(signed, {}, "arm64")[ort_format.SIGNED_RUN_IN_INTEGERS] == "1"
-    assert ort_format.SIGNED_RUN_IN_INTEGERS not in ort_format.entries(signed, {}, "x86-vnni")
+    for target in TARGETS.values():
+        entry = ort_format.entries(signed, {}, target.name).get(ort_format.SIGNED_RUN_IN_INTEGERS)
+        assert (entry == "1") == (target.machine in ("", "aarch64")), target.name
     proof = ort_format.prove(ort_format.convert(signed, {}, "arm64"), signed, batches(1), {}, "arm64")
     assert proof.ort_integer_macs == 1.0
 
