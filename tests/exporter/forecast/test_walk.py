@@ -159,3 +159,48 @@ def test_scale_for_each_row_is_refused() -> None:
     case = cases.node("MatMulIntegerToFloat", inputs, ("a",), "com.microsoft")
     with pytest.raises(PacklightError, match=r"cannot be forecast: found a scale of shape \[3\]"):
         predict(model(case), case.inputs)
+
+
+def test_dynamic_layer_inside_a_branch_is_refused() -> None:
+    made = graphs.model(
+        """(bool b, float[4,8] a) => (float[4,2] y) {
+            [choice] y = If (b) <
+                then_branch = then () => (float[4,2] t) {
+                    c, s, z = DynamicQuantizeLinear(a)
+                    i = MatMulInteger(c, w, z)
+                    f = Cast<to=1>(i)
+                    m = Mul(s, k)
+                    t = Mul(f, m)
+                },
+                else_branch = other () => (float[4,2] e) { e = MatMul(a, v) }
+            >
+        }""",
+        {"w": np.full((8, 2), 100, np.int8), "k": np.float32(0.1), "v": cases.leaning(0, 8, 2)},
+    )
+    with pytest.raises(PacklightError, match="DynamicQuantizeMatMul|MatMulInteger"):
+        walk.cut(made)
+
+
+def test_sequence_and_body_cross_the_cut_as_they_are() -> None:
+    made = graphs.model(
+        """(uint8[2,8] a, float[4,3] x) => (float[2,3] y) {
+            parts = SplitToSequence<axis=0>(x, two)
+            [dot] i = MatMulInteger(a, b)
+            k = ArgMax<axis=1, keepdims=0>(i)
+            first = Gather<axis=0>(k, zero)
+            picked = SequenceAt(parts, first)
+            yes = Cast<to=9>(first)
+            y = If (yes) <
+                then_branch = then () => (float[2,3] t) { t = Add(picked, x2) },
+                else_branch = other () => (float[2,3] e) { e = Identity(picked) }
+            >
+        }""",
+        {
+            "b": np.array([[127, 127, 127, 127, -64, -63, -64, -63], [10] * 8], np.int8).T,
+            "two": np.int64(2), "zero": np.int64(0), "x2": np.full((2, 3), 10, np.float32),
+        },
+    )  # fmt: skip
+    batch = {"a": np.full((2, 8), 255, np.uint8), "x": cases.real(0, 4, 3)}
+    # the first column sums to 255 · 254 = 64770, clipped to 65534 - 64770 = 764; the second to 20400
+    np.testing.assert_array_equal(predict(made, batch, saturates=False)["y"], batch["x"][:2])
+    np.testing.assert_array_equal(predict(made, batch)["y"], batch["x"][2:] + 10)
