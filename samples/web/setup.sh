@@ -15,7 +15,7 @@ if [ ! -d "$cache" ]; then
     trap 'rm -rf "$fresh"' EXIT
     cp "$here/package.json" "$here/package-lock.json" "$fresh"
     (cd "$fresh" && npm ci --ignore-scripts --no-audit --no-fund --silent)
-    mv -T "$fresh" "$cache" 2>/dev/null || [ -d "$cache" ]   # another setup may have been first
+    [ -d "$cache" ] || mv "$fresh" "$cache"   # another setup may have been first
 fi
 
 mkdir -p "$out/ort" "$out/bundle"
