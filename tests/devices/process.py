@@ -1,9 +1,12 @@
-"""Run Python source on a device: its name -> the guest -> a finished process."""
+"""Run Python source on a device: its name -> the guest -> a finished process; and check a bundle there."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from tests.devices import arm, x86
 from tests.devices.guest import Guest
@@ -35,3 +38,16 @@ def run(device: str, source: str, *arguments: str, seconds: float = SECONDS) -> 
     done = subprocess.run(command, env=guest.environment, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, f"{device} ended with {done.returncode}: {done.stderr[-2000:]}"
     return done
+
+
+CHECK = """
+import sys, runtime
+print(runtime.check(runtime.load(sys.argv[1], threads=1, ort=sys.argv[2] == "ort")).to_json())
+"""
+
+
+def check(device: str, bundle: Path, *, ort: bool = False) -> dict[str, Any]:
+    """The Verdict of `runtime.check` on the device, as its JSON says it. ort: of model.int8.ort."""
+    done = run(device, CHECK, str(bundle), "ort" if ort else "onnx")
+    verdict: dict[str, Any] = json.loads(done.stdout)
+    return verdict

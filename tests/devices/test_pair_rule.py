@@ -42,6 +42,7 @@ CONVS: Mapping[str, tuple[int, int, tuple[int, ...], Window]] = {
     "12 channels 5x5": (12, 16, (5, 5), Window(pad=2)),
     "32 channels": (32, 48, (3, 3), Window(pad=1)),
     "2x2": (3, 16, (2, 2), Window(stride=2)),
+    "1 place": (3, 16, (9, 9), Window()),
     "1x1": (16, 32, (1, 1), Window()),
     "1x1 odd": (15, 7, (1, 1), Window()),
     "1x1 strided": (12, 16, (1, 1), Window(stride=2)),
@@ -69,7 +70,7 @@ DEPTHWISE: Mapping[str, tuple[int, int, tuple[int, ...], Window]] = {
     "depthwise 3-D": (8, 8, (3, 3, 3), Window(pad=1, groups=8)),
 }
 SIZES = ((33, 1), (17, 5), (64, 16), (1, 1))  # N, M; one row is a kernel of its own
-DEPTHS = (1, 2, 3, 63, 64, 65)  # K
+DEPTHS = (1, 2, 3, 63, 64, 65, 1025)  # K; the last is more than one block of any kernel
 
 
 def full_range(random: np.random.Generator, channels: int, k: int) -> Array:
