@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporter import batches, graph
+from exporter import batches
 from exporter.batches import Array, Batch
 from exporter.forecast import walk
 from exporter.forecast.layer import Clips
@@ -18,7 +18,6 @@ from runtime import drift
 from runtime import manifest as manifests
 from runtime.bundle import verify
 from runtime.drift import Drift
-from runtime.errors import BundleError
 from runtime.probe import read_probe
 from runtime.session import NO_ENTRIES
 
@@ -91,12 +90,7 @@ def of_model(
         PacklightError: a layer can clip in a way that is not followed.
     """
     ready = walk.cut(model, entries)
-    try:
-        known = ir.load(model) if isinstance(model, Path) else model
-    except Exception as error:  # onnx_ir's errors share no base but Exception
-        raise BundleError(str(model), path=str(model), found=str(error)[:200], expected="an ONNX file") from error
-    first, stream = batches.peek(batches.read(given, graph.inputs(known), "inputs"), "inputs")
-    del first
+    _, stream = batches.peek(batches.read(given, ready.inputs, "inputs"), "inputs")
     return _measure(ready, ((batch, None) for batch in stream), None, progress)
 
 

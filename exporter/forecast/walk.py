@@ -24,6 +24,7 @@ from exporter.batches import Array, Batch
 from exporter.forecast import layer as layers
 from exporter.forecast.layer import Clips, Layer
 from runtime.errors import BundleError, PacklightError
+from runtime.manifest import Tensor
 from runtime.session import ERRORS_ONLY, NO_ENTRIES, ORT_ERRORS, PROVIDERS
 
 # ONNX Runtime's words for the type of an element -> ONNX's number
@@ -65,9 +66,11 @@ class Segment:
 class Cut:
     """A graph cut at its layers that can clip; `steps` in the order in which they run.
 
+    inputs: what a batch must hold; constants: initializers that a layer reads or that are outputs.
     rounds_here: nodes in float whose last bits depend on the CPU: sums in an order of its own, functions by polynomials.
     """
 
+    inputs: tuple[Tensor, ...]
     steps: tuple[Segment | Layer, ...]
     constants: Mapping[str, Array]
     outputs: tuple[str, ...]
@@ -111,7 +114,13 @@ def cut(model: ir.Model | Path, entries: Mapping[str, str] = NO_ENTRIES) -> Cut:
             steps.append(_segment(fused, between, wanted, entries))
         steps += [found[node.output[0]] for node in nodes[at] if node.output[0] in found]
     kept = {name: array for name, array in constants.items() if name in wanted}
-    return Cut(steps=tuple(steps), constants=kept, outputs=outputs, rounds_here=_rounds_here(fused))
+    return Cut(
+        inputs=graph.inputs(ir.serde.deserialize_model(fused)),
+        steps=tuple(steps),
+        constants=kept,
+        outputs=outputs,
+        rounds_here=_rounds_here(fused),
+    )
 
 
 def run(cut: Cut, inputs: Batch, saturates: bool) -> Ran:

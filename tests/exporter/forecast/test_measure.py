@@ -18,6 +18,7 @@ from exporter.errors import CalibrationError
 from runtime import cpu
 from runtime.errors import BundleError, PacklightError
 from runtime.manifest import canonical
+from runtime.session import open_session
 from tests.exporter import graphs
 from tests.exporter.forecast import cases
 
@@ -122,6 +123,17 @@ def test_file_and_folder_of_inputs_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "batch.npz", **batch)
     found = forecast.of_model(tmp_path / "int8.onnx", tmp_path / "batch.npz")
     assert canonical(found) == canonical(forecast.of_model(model("cnn qdq"), [batch]))
+
+
+def test_file_for_phones_is_forecast_as_the_onnx_file_is(tmp_path: Path) -> None:
+    written = {"session.save_model_format": "ORT"}
+    open_session(cases.by_name("cnn qdq").model, entries=written, optimized=tmp_path / "int8.ort")
+    onnx_file, ort_file = (
+        forecast.of_model(model("cnn qdq"), batches(1)),
+        forecast.of_model(tmp_path / "int8.ort", batches(1)),
+    )
+    assert ort_file == onnx_file
+    assert ort_file.clips
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:
