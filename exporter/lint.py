@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import numpy as np
 import onnx_ir as ir
@@ -52,6 +53,7 @@ INT8, UINT8 = ir.DataType.INT8, ir.DataType.UINT8
 WIDE = (ir.DataType.INT16, ir.DataType.UINT16)
 SHORT = {INT8: "s8", UINT8: "u8", ir.DataType.INT16: "s16", ir.DataType.UINT16: "u16"}
 WIDTH = 80
+NAMED = 3  # nodes that the text names of one fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,15 +154,24 @@ def check_ort(
 
 
 def render(findings: Mapping[str, Sequence[Finding]]) -> str:
-    """Per file its findings, errors first, at most WIDTH columns where names allow; the last line counts."""
+    """Per file its findings, errors first, nodes of one fault together, in WIDTH columns where names allow; then the count."""
     lines: list[str] = []
     for name, found in findings.items():
+        faults: dict[Finding, list[str]] = {}
         for each in sorted(found, key=lambda finding: finding.severity):
-            first = f"{name}: {each.severity} {each.rule}"
-            lines += [first, *textwrap.wrap(each.message, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+            faults.setdefault(replace(each, node=""), []).append(each.node)
+        for fault, nodes in faults.items():
+            lines.append(f"{name}: {fault.severity} {fault.rule}")
+            message = replace(fault, node=_listed(nodes)).message
+            lines += textwrap.wrap(message, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     errors, warnings = count(findings, "error"), count(findings, "warning")
     lines.append(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
     return "\n".join(lines)
+
+
+def _listed(nodes: Sequence[str]) -> str:
+    more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+    return ", ".join(nodes[:NAMED]) + more
 
 
 def count(findings: Mapping[str, Sequence[Finding]], severity: Severity) -> int:
@@ -168,7 +179,7 @@ def count(findings: Mapping[str, Sequence[Finding]], severity: Severity) -> int:
 
 
 def sarif(findings: Mapping[str, Sequence[Finding]]) -> dict[str, object]:
-    """SARIF 2.1.0: one run, every rule, one result a finding. A file's name is its URI, the node a logical location.
+    """SARIF 2.1.0: one run, every rule, one result a finding. A file's path is its URI, the node a logical location.
 
     Source: https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html, sections 3.14, 3.19, 3.27.
     """
@@ -181,7 +192,7 @@ def sarif(findings: Mapping[str, Sequence[Finding]]) -> dict[str, object]:
             "level": each.severity,
             "message": {"text": each.message},
             "locations": [
-                {"physicalLocation": {"artifactLocation": {"uri": name}}}
+                {"physicalLocation": {"artifactLocation": {"uri": quote(name)}}}
                 | ({"logicalLocations": [{"name": each.node}]} if each.node else {})
             ],
         }

@@ -13,6 +13,7 @@ so that table is written again, sorted, and the rest of the file stays as it was
 
 from __future__ import annotations
 
+import importlib
 import logging
 import struct
 import tempfile
@@ -264,8 +265,6 @@ _Row = tuple[bytes, list[tuple[bytes, list[tuple[int, int]]]]]  # operator: {typ
 
 def _fbs(tool: Any) -> Any:
     """ONNX Runtime's reader of its own schema; importing `tool` made it importable."""
-    import importlib
-
     return importlib.import_module(f"{tool.__name__}.ort_flatbuffers_py.fbs.InferenceSession").InferenceSession
 
 

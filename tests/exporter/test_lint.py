@@ -182,6 +182,14 @@ def test_text_has_errors_first_fits_80_columns_and_ends_with_the_count() -> None
     assert lint.render({"a.onnx": ()}) == "0 errors, 0 warnings"
 
 
+def test_text_names_one_fault_once_with_its_first_nodes() -> None:
+    one = lint.check(model(changed(0, 0, 61), readers=5), PORTABLE)
+    assert [each.node for each in one] == [f"fc{n}" for n in range(5)]
+    lines = lint.render({"a.onnx": one}).splitlines()
+    assert lines[:1] == ["a.onnx: error pair-rule"] and lines[-1] == "5 errors, 0 warnings"
+    assert lines[1].startswith("  fc0, fc1, fc2 and 2 more: found neighbouring weights") and len(lines) == 5
+
+
 def test_sarif_has_every_rule_and_one_result_a_finding() -> None:
     log = json.loads(canonical(lint.sarif(FINDINGS)))
     assert (log["version"], len(log["runs"])) == ("2.1.0", 1)
@@ -205,3 +213,8 @@ def test_bundle_is_held_against_its_own_target_and_its_ort_file_is_run(exported:
         (bundle.path / "model.int8.ort").write_bytes(ort_format.convert(model, bundle.manifest.session, "x86-vnni").ort)
         findings = lint.check_bundle(bundle, X86_VNNI)
         assert [each.rule for each in findings["model.int8.ort"]] == expected
+
+
+def test_sarif_names_a_file_by_a_uri() -> None:
+    log = lint.sarif({"my models/a b.onnx": FINDINGS["model.int8.onnx"]})
+    assert '"uri": "my%20models/a%20b.onnx"' in canonical(log)
