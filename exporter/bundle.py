@@ -34,7 +34,19 @@ THREADS = 1
 # Kernels that give the same bits on every CPU of a family, beside those that compute in integers
 EXACT = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
-    | {"MaxPool", "Slice", "Split", "Gather", "Concat", "DepthToSpace", "SpaceToDepth", "Pad", "Shape", "Cast", "Expand"}
+    | {
+        "MaxPool",
+        "Slice",
+        "Split",
+        "Gather",
+        "Concat",
+        "DepthToSpace",
+        "SpaceToDepth",
+        "Pad",
+        "Shape",
+        "Cast",
+        "Expand",
+    }
 )
 # These add a float bias behind their integer product, in one instruction or two
 ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul"})

@@ -1,40 +1,41 @@
-"""packlight export | demo: parse, one call, print. No logic. The device commands are runtime.cli's.
+"""packlight export | targets | lint | explain --as | demo: parse, one call, print. No logic. The device commands are runtime.cli's.
 
 Exit status: 0 met, 1 not met, 2 could not run.
 """
 
 from __future__ import annotations
 
-import inspect
-import os
-import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from exporter import batches
-from exporter.errors import CalibrationError, TraceError
+from exporter import batches, forecast, given, lint, views
+from exporter import target as targets
+from exporter.errors import RecipeError
+from exporter.forecast import text as forecast_text
 from exporter.pipeline import export
-from exporter.recipe import Recipe, load_recipe, presets
+from exporter.recipe import Recipe, limited, load_recipe, presets
 from exporter.report import Report
-from exporter.source import Sample, Source, from_file, from_onnx, from_pretrained, from_program, load_python
+from exporter.source import Sample, Source, from_file
+from exporter.terminal import Terminal
+from runtime import cpu
 from runtime import manifest as manifests
 from runtime.bundle import load
 from runtime.errors import PacklightError
 from runtime.manifest import canonical
 from runtime.session import open_session
+from runtime.views import show
 
-T = TypeVar("T")
 DEFAULT_RECIPE = "portable"
 
 export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+lint_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+forecast_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+targets_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 demo_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
@@ -79,16 +80,31 @@ def run(
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Pictures for a sample whose calibration(images) takes them.")
     ] = None,
+    ort: Annotated[bool, typer.Option("--ort", help="Write model.int8.ort for phones too, and prove it.")] = False,
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Fail if the model that ships is larger, as in 6MB.")
+    ] = None,
+    max_ram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Fail if running it takes more memory, as in 40MB.")
+    ] = None,
+    min_integer_macs: Annotated[
+        float | None, typer.Option(min=0, max=1, metavar="SHARE", help="Fail if fewer MACs, 0..1, run in integers.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
     if target and recipe:
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
-    given = recipe or target
-    asked = load_recipe(given) if given else None
-    model, seen, unseen, sample = _read(source, task, calibration, heldout, images)
+    named = recipe or target
+    limits = {
+        "max_size_bytes": given.size_bytes(max_size),
+        "max_ram_bytes": given.size_bytes(max_ram),
+        "min_integer_macs": min_integer_macs,
+    }
+    asked = load_recipe(named) if named else None
+    model, seen, unseen, sample = given.model_and_data(source, task, calibration, heldout, images)
     chosen = asked or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
-    report = _export(model, chosen, seen, unseen, out)
+    report = _export(model, limited(chosen, limits), seen, unseen, out, ort)
     _finish(report, _scores(out, sample), out, as_json)
 
 
@@ -108,92 +124,80 @@ def demo(
         Console(stderr=True).print("[dim]training a digits CNN on 1,297 real scans (about 15 s)[/dim]")
     with tempfile.TemporaryDirectory(prefix="packlight-demo-") as folder:
         place = out or Path(folder) / "digits"
-        seen, unseen = _data(sample.calibration, None, None), _data(sample.heldout, None, None)
-        report = _export(_own(sample.source), recipe, seen, unseen, place)
+        seen, unseen = given.data(sample.calibration, None, None), given.data(sample.heldout, None, None)
+        report = _export(given.own(sample.source), recipe, seen, unseen, place)
         _finish(report, _scores(place, sample), out, as_json)
 
 
-def _read(
-    source: str, task: str, calibration: str | None, heldout: str | None, images: Path | None
-) -> tuple[Source, Any, Any, Sample | None]:
-    """The model and its data, from a Python file or a model file."""
-    reader: dict[str, Callable[[str], Source]] = {".onnx": from_onnx, ".pt2": from_program}
-    suffix = Path(source).suffix
-    if suffix in (".pt", ".pth", ".pkl", ".bin"):
-        raise TraceError(
-            source, found="a pickle, which runs code when it is read", expected="file.py, model.pt2 or model.onnx",
-            do="load the weights in a file.py that offers source(), or save the model with torch.export.save",
+@targets_app.command(epilog="Example: packlight targets x86-avx2")
+def list_targets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One target, every fact with its source.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the values as JSON.")] = False,
+) -> None:
+    """List the targets, and say which one this machine is; with a NAME, what that target says and why."""
+    if name is not None:
+        facts = targets.facts(targets.by_name(name))
+        return typer.echo(canonical(facts), nl=False) if as_json else show(views.facts(name, facts))
+    here = cpu.read()
+    if as_json:
+        table = {"here": targets.of(here).name, "cpu": here, "targets": [*targets.TARGETS.values()]}
+        return typer.echo(canonical(table), nl=False)
+    return show(views.targets([*targets.TARGETS.values()], targets.of(here), here))
+
+
+@lint_app.command(epilog="Example: packlight lint build/lite0 --sarif lint.sarif")
+def lint_model(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle's folder, model.onnx or model.ort.")],
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The CPUs it is meant for. Default: the bundle's own; of a file, every CPU."),
+    ] = None,
+    sarif: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the findings as SARIF 2.1.0.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look for what would make a model wrong, slow or impossible to open on a CPU it is meant for."""
+    asked = targets.by_name(target) if target else None
+    if model.is_dir():
+        bundle = load(model)
+        named = lint.check_bundle(bundle, asked or targets.by_name(bundle.manifest.target))
+        found = {str(model / name): each for name, each in named.items()}
+    else:
+        found = {str(model): lint.check(model, asked)}
+    if sarif is not None:
+        sarif.write_text(canonical(lint.sarif(found)), encoding="utf-8")
+    typer.echo(canonical(found) if as_json else lint.render(found) + "\n", nl=False)
+    raise typer.Exit(1 if lint.count(found, "error") else 0)
+
+
+@forecast_app.command()
+def forecast_model(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle's folder, or an int8 .onnx with --inputs.")],
+    target: Annotated[str, typer.Option("--as", metavar="TARGET", help="The CPU to forecast, as x86-avx2.")],
+    inputs: Annotated[str | None, typer.Option(metavar="DATA", help="Batches for a bare .onnx: .npz files.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the forecast as JSON.")] = False,
+) -> None:
+    """Say what another CPU's kernels would make of an int8 model: which layers clip, how often, and what comes out."""
+    asked = targets.by_name(target, "--as")
+    if not asked.pairs_in_int16:
+        raise RecipeError(
+            "--as", found=target, expected="x86-avx2 or portable",
+            do=f"nothing clips on {target}: its kernels sum u8·s8 products in int32",
         )  # fmt: skip
-    if suffix in reader:
-        return reader[suffix](source), _given(calibration), _given(heldout), None
-    if (Path(source) / "config.json").is_file():
-        return from_pretrained(source, task), _given(calibration), _given(heldout), None
-    sample = from_file(source)
-    return (
-        _own(sample.source),
-        _data(sample.calibration, calibration, images),
-        _data(sample.heldout, heldout, images),
-        sample,
-    )
+    with Terminal() as progress:
+        if model.is_dir():
+            found = forecast.of_bundle(model, progress)
+        else:
+            batches.require(inputs, "inputs")
+            found = forecast.of_model(model, inputs, progress=progress)
+    typer.echo(canonical(found) if as_json else forecast_text.render(found, model.name) + "\n", nl=False)
 
 
-def _data(function: Callable[..., Any] | None, given: str | None, images: Path | None) -> Any:
-    """What the command line gave, else what the sample's function returns."""
-    if given is not None or function is None:
-        return _given(given)
-    if images is not None and "images" not in inspect.signature(function).parameters:
-        raise CalibrationError(
-            "--images", found=f"{function.__name__}() takes no images", expected=f"{function.__name__}(images)"
-        )
-    return _own(function, images=images)
-
-
-def _given(text: str | None) -> Any:
-    """A path, the word random, or what file.py:function returns."""
-    if text is None or text == batches.RANDOM or ":" not in text or Path(text).exists():
-        return text
-    path, _, name = text.rpartition(":")
-    if not Path(path).is_file():
-        raise CalibrationError(text, found=f"no file {path}", expected="file.py:function, or a path of .npz files")
-    function = getattr(load_python(Path(path)), name, None)
-    if not callable(function):
-        raise CalibrationError(text, found=f"no function {name}", expected="a function that returns batches")
-    return _own(function)
-
-
-def _own(function: Callable[..., Any], *given: Any, images: Path | None = None) -> Any:
-    """What a function of the user's file returns; an error inside it, or inside the generator that it is, names it."""
-    try:
-        made = function(*given) if images is None else function(images=images)
-    except PacklightError:
-        raise
-    except Exception as error:  # theirs may be any
-        raise _fault(function, error) from error
-    return _watched(function, made) if isinstance(made, Iterator) else made
-
-
-def _watched(function: Callable[..., Any], stream: Iterator[T]) -> Iterator[T]:
-    try:
-        yield from stream
-    except PacklightError:
-        raise
-    except Exception as error:
-        raise _fault(function, error) from error
-
-
-def _fault(function: Callable[..., Any], error: Exception) -> PacklightError:
-    """`calibration() of your file: found ValueError: ... (sample.py:12)`: the last line of their file that ran."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == inspect.getfile(function)] or frames
-    where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
-    said = f"{type(error).__name__}: {error}"[:200]
-    return PacklightError(f"{function.__name__}() of your file", found=f"{said} ({where})")
-
-
-def _export(source: Source, recipe: Recipe, seen: Any, unseen: Any, out: Path) -> Report:
+def _export(source: Source, recipe: Recipe, seen: Any, unseen: Any, out: Path, ort: bool = False) -> Report:
     try:
         with Terminal() as progress:
-            return export(source, recipe, calibration=seen, heldout=unseen, out=out, progress=progress)
+            return export(source, recipe, calibration=seen, heldout=unseen, out=out, ort=ort, progress=progress)
     except KeyboardInterrupt:
         raise PacklightError(
             "interrupted", found="Ctrl-C", do="run it again; no half-written bundle was left"
@@ -219,60 +223,6 @@ def _scores(out: Path, sample: Sample | None) -> dict[str, tuple[float, float]]:
     bundle = load(out)
     fp32 = open_session(out / manifests.FP32)
     names = [output.name for output in fp32.get_outputs()]
-    reference = _own(sample.evaluate, lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
-    candidate = _own(sample.evaluate, bundle.run)
+    reference = given.own(sample.evaluate, lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
+    candidate = given.own(sample.evaluate, bundle.run)
     return {metric: (float(reference[metric]), float(candidate[metric])) for metric in reference}
-
-
-def _console() -> Console:
-    """A console on a copy of stderr: while a tracer works, stderr itself is kept quiet, and the bars go on."""
-    if not sys.stderr.isatty():
-        return Console(stderr=True)
-    return Console(file=open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"))  # Terminal closes it
-
-
-class Terminal:
-    """Draws the stages on stderr: a spinner and the stage's name, and a bar where batches are counted."""
-
-    def __init__(self) -> None:
-        self._console = _console()
-        self._bars = Progress(
-            SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            disable=not sys.stderr.isatty(),
-        )
-
-    def __enter__(self) -> Terminal:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        if failure[0] is None:
-            self._end()
-        self._bars.stop()
-        if self._console.file is not sys.stderr:
-            self._console.file.close()
-
-    def stage(self, text: str) -> None:
-        self._end()
-        self._bars.add_task(text, total=1)
-
-    def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
-        self._end()
-        bar = self._bars.add_task(text, total=total)
-        count = 0
-        for count, item in enumerate(items, start=1):
-            yield item
-            self._bars.update(bar, completed=count)
-        self._bars.update(bar, total=count)
-
-    def _end(self) -> None:
-        for task in self._bars.tasks:
-            if not task.finished:
-                self._bars.update(
-                    task.id, total=task.total or task.completed or 1, completed=task.total or task.completed or 1
-                )

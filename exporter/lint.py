@@ -115,6 +115,20 @@ def check(
     )
 
 
+def require_sound(model: ir.Model, target: Target) -> None:
+    """Refuse a model that is about to be written with a fault in it.
+
+    Raises:
+        QuantizeError: the first error that check() finds; warnings pass.
+    """
+    for finding in check(model, target):
+        if finding.severity == "error":
+            raise QuantizeError(
+                f"{finding.rule} {finding.node}", found=finding.found, expected=finding.expected, do="report the model to us",
+                node=finding.node,
+            )  # fmt: skip
+
+
 def check_bundle(bundle: Bundle, target: Target | None) -> dict[str, tuple[Finding, ...]]:
     """{file name: findings} of a verified bundle's models; its .ort file is run on the probe's first batch."""
     folder, entries = bundle.path, bundle.manifest.session

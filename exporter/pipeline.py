@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from exporter import batches, bundle, calibrate, correct, graph, place, prepare, report, target, trace
+from exporter import batches, bundle, calibrate, correct, graph, lint, ort_format, place, prepare, report, target, trace
 from exporter.correct import bias
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
@@ -19,6 +19,7 @@ def export(
     calibration: Any,
     heldout: Any = None,
     out: str | Path = "build/model",
+    ort: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Trace, calibrate, quantize, prove, and write a bundle.
@@ -30,6 +31,7 @@ def export(
             a path of `.npz`/`.npy` files. Read once.
         heldout: other batches, on which drift is measured; without them every fourth calibration batch is kept apart.
         out: the bundle's folder; written at the end, at once.
+        ort: write model.int8.ort for phones too, and prove that it runs as the .onnx file does.
         progress: told what is being done.
 
     Raises:
@@ -64,12 +66,20 @@ def export(
     corrected = correct.improve(prepared.model, plan, ranges, observed.means, cpu, split.kept)
     plan = plan.noted({paired.node: str(paired) for paired in corrected.paired})
 
+    lint.require_sound(corrected.int8, cpu)
     fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(corrected.int8)
     unseen = tell.each(split.heldout(), "measure drift on held-out batches")
     recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe)
 
+    phone = None
+    if ort:
+        tell.stage("write the phone's file, and prove that it is the same model")
+        phone = ort_format.convert(int8, cpu.session, cpu.name)
+        ort_format.prove(phone, int8, [probe.inputs for probe in recorded.probes], cpu.session, cpu.name)
+
     tell.stage("write the bundle, load it, time it")
-    made = report.make(source, recipe, traced, prepared, split, plan, ranges, corrected, recorded, len(fp32), len(int8))
-    files = report.files(made, recipe, plan, ranges, fp32, int8)
+    sizes = len(fp32), len(int8), len(phone.ort) if phone else None
+    made = report.make(source, recipe, traced, prepared, split, plan, ranges, corrected, recorded, *sizes)
+    files = report.files(made, recipe, plan, ranges, fp32, int8, phone)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
     return report.timed(made, out)

@@ -36,7 +36,7 @@ class Target:
     quantize_ns, dequantize_ns: per element; crossing_ns: of either, whatever its size.
     copied_channels: input channels a group from which a Conv that copies its input position by position pays in int8.
     activations_matmul: whether a MatMul of two activations pays in int8: its B cannot be packed ahead of time.
-    session: session config entries, see UNWANTED.
+    session: session config entries.
     costs_from: where the costs were measured; a target whose hardware was not there says whose they are.
     """
 
@@ -84,18 +84,19 @@ MOVERS = {
     "DepthToSpace": Cost(float_ns=3.7, int8_ns=2.3),
     "Resize": Cost(float_ns=0.17, int8_ns=1.35),
 }
-# What ONNX Runtime would do to a quantized graph at load, against the plan:
-# SkipLayerNormFusion: SkipLayerNormalization's CPU kernel takes three times as long as Add and LayerNormalization apart.
-# WeightBiasQuantization rounds the weight of a float Conv or Gemm between two int8 layers, with one scale for all channels.
-# MatMulAddFusion: where shapes are fixed it makes MatMul and Add a Gemm, which then has no integer kernel and runs in float.
-UNWANTED = ("SkipLayerNormFusion", "WeightBiasQuantization", "MatMulAddFusion")
-SESSION = {"optimization.disable_specified_optimizers": ";".join(UNWANTED)}
-
-SERVER = "a server core with AVX512-VNNI"
+# What ONNX Runtime would do to a quantized graph at load, against the plan
+UNWANTED = {
+    "SkipLayerNormFusion": "the CPU kernel SkipLayerNormalization takes three times as long as Add and LayerNormalization apart",
+    "WeightBiasQuantization": "it rounds the weight of a float layer between two int8 ones, with one scale for all channels",
+    "MatMulAddFusion": "where shapes are fixed it makes MatMul and Add a Gemm, which then has no integer kernel",
+}
+LISTED = "optimization.disable_specified_optimizers"
+SESSION = {LISTED: ";".join(UNWANTED)}
+SERVER = "x86 with VNNI"
 
 X86_VNNI = Target(
     name="x86-vnni",
-    summary="x86-64 with AVX512-VNNI or AVX-VNNI",
+    summary="x86 with AVX512-VNNI, AVX-VNNI",
     machine="x86_64",
     # vpdpbusd sums four u8·s8 products in int32
     pairs_in_int16=False,
@@ -117,29 +118,29 @@ X86_VNNI = Target(
 X86_AVX2 = replace(
     X86_VNNI,
     name="x86-avx2",
-    summary="x86-64 from AVX2 up, without VNNI",
+    summary="x86 with AVX2, no VNNI",
     pairs_in_int16=True,
     # its kernel works on 8 values at a time where AVX512's works on 16
     quantize_ns=0.30,
-    costs_from="the same core with AVX512 and VNNI hidden",
+    costs_from="x86 with AVX512 hidden",
 )
-PORTABLE = replace(X86_VNNI, name="portable", summary="any 64-bit CPU, from one file", machine="", pairs_in_int16=True)
+PORTABLE = replace(X86_VNNI, name="portable", summary="any 64-bit CPU, one file", machine="", pairs_in_int16=True)
 # Every ARM core sums in int32, those with dot products (sdot) and those without alike: all gave the same bits under qemu.
 # None was there to be timed: emulation tells bits, not times.
 ARM64 = replace(
     X86_VNNI,
     name="arm64",
-    summary="phones and boards with a 64-bit ARM core",
+    summary="64-bit ARM: phones, boards",
     machine="aarch64",
-    costs_from=f"{SERVER}: predicted here",
+    costs_from=f"predicted: {SERVER}",
 )
 # i32x4.dot_i16x8_s widens first; the build in npm does not use relaxed SIMD, whose products may saturate
 WASM = replace(
     X86_VNNI,
     name="wasm",
-    summary="a browser or node, by onnxruntime-web's wasm backend",
+    summary="browsers and node",
     machine="wasm32",
-    costs_from=f"{SERVER}: predicted here",
+    costs_from=f"predicted: {SERVER}",
 )
 
 TARGETS: Mapping[str, Target] = {each.name: each for each in (PORTABLE, X86_VNNI, X86_AVX2, ARM64, WASM)}
@@ -185,10 +186,7 @@ def facts(target: Target) -> tuple[Fact, ...]:
             what="float", value="all others, LSTM and GRU among them",
             why="ONNX Runtime has no static integer kernel for them on a CPU",
         ),
-        *(
-            Fact(what=key, value=value, why="off at load: each makes a planned int8 node float, or a float one slower")
-            for key, value in target.session.items()
-        ),
+        *(Fact(what=f"off at load: {name}", value=LISTED, why=why) for name, why in UNWANTED.items()),
     )  # fmt: skip
 
 

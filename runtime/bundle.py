@@ -120,7 +120,14 @@ class Bundle:
         self.model = model = path / (manifests.ORT if ort else manifests.INT8)
         if ort and manifests.ORT not in manifest.files:
             _refuse(model, found="nothing", expected="the phone's file", do="export with --ort")
-        self._session = open_session(model, threads=threads, providers=providers, entries=manifest.session)
+        try:
+            self._session = open_session(model, threads=threads, providers=providers, entries=manifest.session)
+        except BundleError as error:
+            if not ort:
+                raise
+            from runtime.ort_format import refusal  # here: `import runtime` need not load it
+
+            raise refusal(model, error.found, manifest.versions.get("onnxruntime", "")) from error
         self.providers = tuple(self._session.get_providers())
         _agree(model, "input", self._session.get_inputs(), manifest.inputs)
         _agree(model, "output", self._session.get_outputs(), manifest.outputs)

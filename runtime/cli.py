@@ -18,6 +18,7 @@ from runtime.bench import measure
 from runtime.bundle import load
 from runtime.errors import PacklightError
 from runtime.explain import explain as explain_bundle
+from runtime.explain import explain_file
 from runtime.manifest import canonical
 from runtime.probe import read_arrays, write_arrays
 
@@ -82,6 +83,18 @@ def demo(context: typer.Context) -> None:
     forward("demo", context.args)
 
 
+@app.command(context_settings=FORWARD, add_help_option=False)
+def targets(context: typer.Context) -> None:
+    """List the CPUs to export for, and say which one this machine is. [dim]Needs packlight\\[export].[/dim]"""
+    forward("targets", context.args)
+
+
+@app.command(context_settings=FORWARD, add_help_option=False)
+def lint(context: typer.Context) -> None:
+    """Look for what would make a model wrong or slow on a CPU. [dim]Needs packlight\\[export].[/dim]"""
+    forward("lint", context.args)
+
+
 @app.command(epilog="Example: packlight check build/lite0 --junit parity.xml")
 def check(
     bundle: Folder,
@@ -143,24 +156,43 @@ def run(
         views.show(views.outputs(outputs))
 
 
-@app.command(epilog="Example: packlight explain build/lite0")
+@app.command(epilog="Example: packlight explain build/lite0 --as x86-avx2")
 def explain(
-    bundle: Folder,
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder; or an .onnx or .ort with --inputs.")
+    ],
     min_integer_macs: Share = None,
     ort: Ort = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--as", metavar="TARGET", help="Forecast another CPU, as x86-avx2. Needs packlight\\[export]."),
+    ] = None,
+    inputs: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="One batch for a bare .onnx or .ort.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Show every node: the kernel that ran, its types, time and MACs, and why the plan chose so."""
-    opened = load(bundle, threads, ort=ort)
-    explanation = explain_bundle(opened)
+    if target is not None:
+        given = [] if inputs is None else ["--inputs", str(inputs)]
+        return forward("forecast", [str(bundle), "--as", target, *given, *(["--json"] if as_json else [])])
+    if bundle.is_dir():
+        explanation = explain_bundle(load(bundle, threads, ort=ort))
+    else:
+        explanation = explain_file(bundle, read_arrays(_required(inputs, bundle)), threads)
     if as_json:
         typer.echo(canonical(explanation), nl=False)
     else:
-        views.show(views.explanation(explanation, opened.manifest.name))
+        views.show(views.explanation(explanation, bundle.name))
     if min_integer_macs is not None and explanation.integer_macs < min_integer_macs:
         typer.echo(f"integer_macs: {explanation.integer_macs:.6g} (at least {min_integer_macs:.6g}): NOT MET", err=True)
         raise typer.Exit(1)
+
+
+def _required(inputs: Path | None, model: Path) -> Path:
+    if inputs is None or not model.is_file():
+        found = "no --inputs" if model.is_file() else "nothing"
+        raise PacklightError(str(model), found=found, expected="a bundle's folder, or a model and --inputs FILE.npz")
+    return inputs
 
 
 def forward(command: str, args: list[str]) -> None:
@@ -171,6 +203,6 @@ def forward(command: str, args: list[str]) -> None:
             raise ImportError(f"no entry point {command} in {COMMANDS}")
         apply = found[0].load()
     except ImportError as error:
-        do = f"pip install 'packlight[{command}]'"  # the extras are named after the commands
+        do = f"pip install 'packlight[{'demo' if command == 'demo' else 'export'}]'"
         raise PacklightError(f"packlight {command} is not installed here", found=str(error), do=do) from error
     apply(args, prog_name=f"packlight {command}")

@@ -6,10 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
-from runtime.kernels import Kernel, kernels
+from runtime.kernels import Kernel, Kernels, kernels, trace
+
+if TYPE_CHECKING:
+    from runtime.drift import Array
 
 PLAN = "plan.txt"
 HEADER = "# node | op_type | precision | reason"
@@ -46,8 +50,21 @@ class Explanation:
 
 def explain(bundle: Bundle) -> Explanation:
     """Trace the bundle on its probe's first batch and put the plan's precision and reason beside each kernel."""
-    ran = kernels(bundle)
     plan = read_plan(bundle.path / PLAN) if PLAN in bundle.manifest.files else {}
+    return _beside(kernels(bundle), plan)
+
+
+def explain_file(model: Path, inputs: Mapping[str, Array], threads: int | None = None) -> Explanation:
+    """The same for a model that is in no bundle: as ONNX Runtime runs it by itself, and without a plan.
+
+    Raises:
+        BundleError: ONNX Runtime cannot open it.
+        PacklightError: it cannot run it on these inputs.
+    """
+    return _beside(trace(model, inputs, threads=threads or 1), {})
+
+
+def _beside(ran: Kernels, plan: Mapping[str, Planned]) -> Explanation:
     nodes = tuple(Explained(kernel=kernel, planned=plan.get(ADDED.sub("", kernel.node))) for kernel in ran.kernels)
     return Explanation(integer_macs=ran.integer_macs, macs=ran.macs, ms=ran.ms, nodes=nodes)
 

@@ -40,7 +40,7 @@ class Line:
     met: bool
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.found:.6g} ({'at most' if _is_ceiling(self.what) else 'at least'} {self.limit:.6g})"
+        return f"{self.what}: {number(self.found)} ({'at most' if _is_ceiling(self.what) else 'at least'} {number(self.limit)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,15 +106,15 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
     asked = about.budget if min_integer_macs is None else replace(about.budget, min_integer_macs=min_integer_macs)
     lines = (
         *limits(asked, drift, integer_macs, _size(bundle), _ram(bundle)),
-        *(_line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items()),
+        *(line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items()),
         *(
-            _line(f"exact {output.name}", float(output.max_abs == 0), 1.0)
+            line(f"exact {output.name}", float(output.max_abs == 0), 1.0)
             for output in device.outputs
             if _promised_exact(about.exact_on, here_cpu)
         ),
     )
     return Verdict(
-        met=all(line.met for line in lines),
+        met=all(each.met for each in lines),
         lines=lines,
         integer_macs=integer_macs,
         drift=drift,
@@ -146,14 +146,14 @@ def limits(budget: Budget, drift: Drift, integer_macs: float, size_bytes: int, r
         if metric in whole:
             found = whole[metric]
             assert found is not None, "who asks for a limit measures it"
-            yield _line(metric, float(found), limit)
+            yield line(metric, float(found), limit)
             continue
         outputs = [(o.name, value) for o in drift.outputs if (value := getattr(o, metric)) is not None]
         if not outputs:
             shape = "a float output of shape [rows, classes]"
             raise PacklightError(f"budget {name}", found="no such output", expected=shape, do="drop the limit")
         for output, value in outputs:
-            yield _line(f"{metric} {output}", value, limit)
+            yield line(f"{metric} {output}", value, limit)
 
 
 def coverage(integer_macs: float) -> str:
@@ -188,7 +188,7 @@ def junit(verdict: Verdict, name: str) -> str:
 def markdown(verdict: Verdict, name: str) -> str:
     """A page for a pull request or a job summary: the verdict, the limits, the drift of each output with its coverage."""
     limits = [
-        f"| {_cell(line.what)} | {line.found:.6g} | {line.limit:.6g} | {'yes' if line.met else '**no**'} |"
+        f"| {_cell(line.what)} | {number(line.found)} | {number(line.limit)} | {'yes' if line.met else '**no**'} |"
         for line in verdict.lines
     ]
     outputs = [
@@ -238,6 +238,11 @@ def errors(verdict: Verdict) -> tuple[tuple[str, str, str], ...]:
     )
 
 
+def number(value: float) -> str:
+    """Six digits, or all of them where they are bytes: a size as a power of ten cannot be read."""
+    return f"{value:.6g}" if abs(value) < 1e6 or math.isinf(value) else f"{value:,.0f}"
+
+
 def device_text(verdict: Verdict) -> str:
     """How the int8 outputs here compare with those recorded at export, in words."""
     if verdict.exact:
@@ -249,7 +254,8 @@ def device_text(verdict: Verdict) -> str:
     )
 
 
-def _line(what: str, found: float, limit: float) -> Line:
+def line(what: str, found: float, limit: float) -> Line:
+    """One number against one limit: at most it for a `max_...` and a `device_q`, at least it for all others."""
     return Line(what=what, found=found, limit=limit, met=found <= limit if _is_ceiling(what) else found >= limit)
 
 

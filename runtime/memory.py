@@ -9,27 +9,35 @@ from runtime import manifest as manifests
 from runtime.bundle import Bundle
 from runtime.errors import PacklightError
 
-# What a process holds with numpy and ONNX Runtime loaded is theirs; what comes on top is the model's
-# Linux's ru_maxrss starts with that of the process that made this one; VmHWM is its own
+# Everything but the model is there before the count begins: numpy, ONNX Runtime, the verified folder, the inputs.
+# Linux's ru_maxrss starts with that of the process that made this one; VmHWM is its own, and 5 begins it anew
 CHILD = """
 import sys
-import runtime
-def peak():
+from pathlib import Path
+from runtime.bundle import Bundle, verify
+from runtime.probe import read_probe
+folder = Path(sys.argv[1])
+manifest, batch = verify(folder), read_probe(folder / "probe.npz")[0].inputs
+def held(key):
     try:
         with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
     except OSError:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-before = peak()
-bundle = runtime.load(sys.argv[1], threads=1, ort=bool(int(sys.argv[2])))
-bundle.run(bundle.probes()[0].inputs)
-print(peak() - before)
+try:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+except OSError:
+    pass
+before = held("VmRSS")
+Bundle(folder, manifest, 1, ort=bool(int(sys.argv[2]))).run(batch)
+print(held("VmHWM") - before)
 """
 
 
 def peak_bytes(bundle: Bundle) -> int:
-    """Growth of the largest resident set, in bytes, one thread, on the probe's first batch.
+    """Largest resident set while the model is opened and run, less the one before, in bytes; one thread, the probe's first batch.
 
     Raises:
         PacklightError: the process could not tell; Windows has no such count.

@@ -33,8 +33,9 @@ def open_session(
     entries: Mapping[str, str] = NO_ENTRIES,
     profile: str | Path | None = None,
     optimized: str | Path | None = None,
+    optimize: bool = True,
 ) -> ort.InferenceSession:
-    """Open a model in ONNX Runtime with every optimization.
+    """Open a model in ONNX Runtime, with every optimization if not told otherwise.
 
     Args:
         model: an ONNX file, or its bytes.
@@ -44,6 +45,7 @@ def open_session(
         profile: profile every run; the prefix of the JSON file that `end_profiling()` writes and names.
         optimized: where to write the model as it is after optimization; ONNX Runtime's entry `session.save_model_format`
             says in which format.
+        optimize: False runs the graph node by node as it is written.
 
     Raises:
         PacklightError: threads < 1, or a provider this build of ONNX Runtime does not have.
@@ -56,7 +58,8 @@ def open_session(
         if provider not in known:
             raise PacklightError("provider", found=provider, expected=f"one of {', '.join(known)}")
     settings = ort.SessionOptions()
-    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    level = ort.GraphOptimizationLevel
+    settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     settings.log_severity_level = ERRORS_ONLY
     if threads is not None:
         settings.intra_op_num_threads = threads

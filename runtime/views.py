@@ -14,7 +14,7 @@ from rich.text import Text
 
 from runtime.bench import Timing
 from runtime.explain import Explanation
-from runtime.gate import Verdict, coverage, device_text, errors
+from runtime.gate import Verdict, coverage, device_text, errors, number
 from runtime.manifest import canonical
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def verdict(value: Verdict, name: str) -> RenderableType:
         limits = _table("limit", "found", "limit is", "met")
         for line in value.lines:
             met = Text("yes") if line.met else Text("NO", style="bold red")
-            limits.add_row(middle(line.what, 40), f"{line.found:.6g}", f"{line.limit:.6g}", met)
+            limits.add_row(middle(line.what, 40), number(line.found), number(line.limit), met)
         parts.append(limits)
     parts.append(_errors(value))
     outputs = _table("output", "SNR dB", "cosine", "max abs", "same top-1", "integer MACs")
@@ -121,8 +121,8 @@ def middle(name: str, width: int) -> str:
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        text = column in ("kernel", "types", "plan", "dtype", "shape", "met", "of what, against what") or number == 0
+    for place, column in enumerate(columns):
+        text = column in ("kernel", "types", "plan", "dtype", "shape", "met", "of what, against what") or place == 0
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 

@@ -23,9 +23,9 @@ from exporter import graph
 from exporter.batches import Array, Batch
 from exporter.forecast import layer as layers
 from exporter.forecast.layer import Clips, Layer
-from runtime.errors import BundleError, PacklightError
+from runtime.errors import PacklightError
 from runtime.manifest import Tensor
-from runtime.session import ERRORS_ONLY, NO_ENTRIES, ORT_ERRORS, PROVIDERS
+from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session
 
 # ONNX Runtime's words for the type of an element -> ONNX's number
 ELEMENTS = {name.lower(): number for name, number in TensorProto.DataType.items()}
@@ -149,33 +149,14 @@ def _as_it_runs(model: ir.Model | Path, entries: Mapping[str, str]) -> onnx.Mode
     """The graph after ONNX Runtime's optimizations."""
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         written = Path(folder) / "fused.onnx"
-        _open(model if isinstance(model, Path) else graph.to_bytes(model), entries, written=written)
+        given = model if isinstance(model, Path) else graph.to_bytes(model)
+        open_session(given, threads=1, entries=entries, optimized=written)
         return onnx.load(written)
 
 
-def _open(
-    model: Path | bytes, entries: Mapping[str, str], *, optimize: bool = True, written: Path | None = None
-) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    settings.log_severity_level = ERRORS_ONLY
-    settings.intra_op_num_threads = (
-        1  # the threads of so many sessions would spin while numpy computes: ten times slower
-    )
-    level = ort.GraphOptimizationLevel
-    settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    if written is not None:
-        settings.optimized_model_filepath = str(written)
-    try:
-        for key, value in entries.items():
-            settings.add_session_config_entry(key, value)
-        return ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model), settings, providers=list(PROVIDERS)
-        )
-    except ORT_ERRORS as error:
-        path = "" if isinstance(model, bytes) else str(model)
-        raise BundleError(
-            f"{path or 'model'}: ONNX Runtime {ort.__version__} cannot open it", path=path, found=str(error)[:300]
-        ) from error
+def _open(model: onnx.ModelProto, entries: Mapping[str, str]) -> ort.InferenceSession:
+    # one thread: those of so many sessions would spin while numpy computes, which is ten times slower
+    return open_session(model.SerializeToString(), threads=1, entries=entries, optimize=False)
 
 
 def _without_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -202,7 +183,7 @@ def _with_types(model: onnx.ModelProto, entries: Mapping[str, str]) -> onnx.Mode
     names = {each.name for each in told.graph.output}
     made = [name for node in model.graph.node for name in node.output if name and name not in names]
     told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
-    types = {each.name: each.type for each in _open(told.SerializeToString(), entries, optimize=False).get_outputs()}
+    types = {each.name: each.type for each in _open(told, entries).get_outputs()}
     del model.graph.value_info[:]
     model.graph.value_info.extend(helper.make_value_info(name, _type(types[name])) for name in made)
     return model
@@ -308,5 +289,5 @@ def _segment(
         initializers,
     )
     whole = helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
-    session = _open(whole.SerializeToString(), entries, optimize=False)
+    session = _open(whole, entries)
     return Segment(session=session, inputs=tuple(inputs), outputs=tuple(outputs))

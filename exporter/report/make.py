@@ -17,15 +17,16 @@ from exporter.batches import Split
 from exporter.bundle import Recorded
 from exporter.calibrate import Ranges
 from exporter.correct import Corrected
+from exporter.ort_format import OrtModel
 from exporter.place import Plan
 from exporter.prepare import Prepared
 from exporter.recipe import Recipe
 from exporter.report import html
-from exporter.report.value import FloatLayer, KernelCount, Report
+from exporter.report.value import FloatLayer, KernelCount, Node, Report
 from exporter.source import Source
 from exporter.target import Target
 from exporter.trace import Traced
-from runtime import cpu, gate
+from runtime import cpu, gate, memory
 from runtime import manifest as manifests
 from runtime.bench import measure
 from runtime.bundle import load
@@ -46,10 +47,13 @@ def make(
     recorded: Recorded,
     fp32_bytes: int,
     int8_bytes: int,
+    ort_bytes: int | None,
 ) -> Report:
-    """The report, without timing."""
+    """The report, without what only a machine and a moment can tell."""
     on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
-    lines = tuple(gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, int8_bytes, None))
+    lines = tuple(
+        gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ort_bytes or int8_bytes, None)
+    )
     return Report(
         name=source.name,
         recipe=recipe.name,
@@ -66,13 +70,16 @@ def make(
         float_layers=(*_planned_float(plan), *_ran_float(plan, recorded.kernels.kernels)),
         corrections=corrected.corrections,
         kernels=_count(recorded.kernels.kernels),
+        nodes=tuple(_nodes(plan, recorded.kernels.kernels)),
         integer_macs=recorded.kernels.integer_macs,
         macs=recorded.kernels.macs,
         drift=recorded.drift,
         fp32_bytes=fp32_bytes,
         int8_bytes=int8_bytes,
+        ort_bytes=ort_bytes,
         met=all(line.met for line in lines),
         lines=lines,
+        ram_bytes=None,
         timing=None,
     )
 
@@ -96,11 +103,15 @@ def manifest(
     )
 
 
-def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, fp32: bytes, int8: bytes) -> dict[str, bytes]:
+def files(
+    report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, fp32: bytes, int8: bytes, phone: OrtModel | None
+) -> dict[str, bytes]:
     """{file: content} of a bundle, but for probe.npz and manifest.json."""
+    for_phones = {} if phone is None else {manifests.ORT: phone.ort, manifests.OPERATORS: phone.operators.encode()}
     return {
         manifests.FP32: fp32,
         manifests.INT8: int8,
+        **for_phones,
         "recipe.toml": recipe.text.encode(),
         "plan.txt": plan.to_text().encode(),
         "ranges.json": ranges.to_json().encode(),
@@ -110,8 +121,14 @@ def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, fp32: byte
 
 
 def timed(report: Report, out: Path) -> Report:
-    """The report with the shipped bundle's own timing: it is loaded and verified as a device would."""
-    return replace(report, timing=measure(load(out, threads=1)))
+    """The report with the shipped bundle's own time, and memory where a limit is on it: it is loaded as on a device."""
+    bundle = load(out, threads=1)
+    timing, limit = measure(bundle), bundle.manifest.budget.max_ram_bytes
+    if limit is None:
+        return replace(report, timing=timing)
+    found = memory.peak_bytes(bundle)
+    line = gate.line("max_ram_bytes", float(found), limit)
+    return replace(report, timing=timing, ram_bytes=found, lines=(*report.lines, line), met=report.met and line.met)
 
 
 def _planned_float(plan: Plan) -> Iterable[FloatLayer]:
@@ -131,6 +148,21 @@ def _ran_float(plan: Plan, kernels: Iterable[Kernel]) -> Iterable[FloatLayer]:
         elif bodies and kernel.macs and not kernel.integer and node not in planned:
             reason = "inside a branch or loop body, which is not quantized"
             yield FloatLayer(node=node, op_type=kernel.kernel, macs=kernel.macs, reason=reason)
+
+
+def _nodes(plan: Plan, kernels: Iterable[Kernel]) -> Iterable[Node]:
+    planned = {decision.node: decision for decision in plan.decisions}
+    for kernel in kernels:
+        line = planned.get(ADDED.sub("", kernel.node))
+        yield Node(
+            node=kernel.node,
+            kernel=kernel.kernel,
+            types=kernel.types,
+            macs=kernel.macs,
+            integer=kernel.integer,
+            precision=line.precision if line else "",
+            reason=line.reason if line else "",
+        )
 
 
 def _budget(recipe: Recipe) -> Budget:

@@ -30,7 +30,9 @@ def render(report: Report) -> str:
             f"{output.name}: SNR {output.snr_db:.1f} dB, cosine {output.cosine:.5f}, max abs {output.max_abs:.3g}{top1}"
         )
         lines += _row("drift", text)
-    lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}")
+    phone = "" if report.ort_bytes is None else f"; model.int8.ort {_bytes(report.ort_bytes)}"
+    memory = "" if report.ram_bytes is None else f"; {_bytes(report.ram_bytes)} of memory to run it"
+    lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}{phone}{memory}")
     if report.timing is not None and report.timing.ratio is not None:
         threads = f"{report.timing.threads} thread{'s' if report.timing.threads != 1 else ''}"
         slower = ": SLOWER" if report.timing.ratio < 1 else ""

@@ -35,6 +35,22 @@ class KernelCount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One node as ONNX Runtime ran it, and the plan's line for it; empty where ONNX Runtime made the node itself.
+
+    No time: it belongs to a machine, and `packlight explain` measures it.
+    """
+
+    node: str
+    kernel: str
+    types: str
+    macs: int
+    integer: bool
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """asked: name, recipe, target. decided: the plan in numbers. measured: coverage, drift, sizes, time.
 
@@ -42,6 +58,8 @@ class Report:
     rewrites: {rewrite: times it matched} of the preparation.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
     repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
+    ort_bytes: size of the phone's file, where it was asked for.
+    ram_bytes: what opening and running the model once adds to a process, where a limit asks for it; None like timing.
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
     """
 
@@ -60,13 +78,16 @@ class Report:
     float_layers: tuple[FloatLayer, ...]
     corrections: tuple[Correction, ...]
     kernels: tuple[KernelCount, ...]
+    nodes: tuple[Node, ...]
     integer_macs: float
     macs: int
     drift: Drift
     fp32_bytes: int
     int8_bytes: int
+    ort_bytes: int | None
     met: bool
     lines: tuple[Line, ...]
+    ram_bytes: int | None
     timing: Timing | None
 
     def to_json(self) -> str:

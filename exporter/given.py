@@ -1,0 +1,105 @@
+"""What a command line names -> the model, its data and its sample: files, folders, `file.py:function`, sizes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from exporter import batches
+from exporter.errors import CalibrationError, RecipeError, TraceError
+from exporter.source import Sample, Source, from_file, from_onnx, from_pretrained, from_program, load_python
+from runtime.errors import PacklightError
+
+T = TypeVar("T")
+
+
+def model_and_data(
+    source: str, task: str, calibration: str | None, heldout: str | None, images: Path | None
+) -> tuple[Source, Any, Any, Sample | None]:
+    """The model and its data, from a Python file or a model file."""
+    reader: dict[str, Callable[[str], Source]] = {".onnx": from_onnx, ".pt2": from_program}
+    suffix = Path(source).suffix
+    if suffix in (".pt", ".pth", ".pkl", ".bin"):
+        raise TraceError(
+            source, found="a pickle, which runs code when it is read", expected="file.py, model.pt2 or model.onnx",
+            do="load the weights in a file.py that offers source(), or save the model with torch.export.save",
+        )  # fmt: skip
+    if suffix in reader:
+        return reader[suffix](source), _given(calibration), _given(heldout), None
+    if (Path(source) / "config.json").is_file():
+        return from_pretrained(source, task), _given(calibration), _given(heldout), None
+    sample = from_file(source)
+    return (
+        own(sample.source),
+        data(sample.calibration, calibration, images),
+        data(sample.heldout, heldout, images),
+        sample,
+    )
+
+
+def data(function: Callable[..., Any] | None, given: str | None, images: Path | None) -> Any:
+    """What the command line gave, else what the sample's function returns."""
+    if given is not None or function is None:
+        return _given(given)
+    if images is not None and "images" not in inspect.signature(function).parameters:
+        raise CalibrationError(
+            "--images", found=f"{function.__name__}() takes no images", expected=f"{function.__name__}(images)"
+        )
+    return own(function, images=images)
+
+
+def _given(text: str | None) -> Any:
+    """A path, the word random, or what file.py:function returns."""
+    if text is None or text == batches.RANDOM or ":" not in text or Path(text).exists():
+        return text
+    path, _, name = text.rpartition(":")
+    if not Path(path).is_file():
+        raise CalibrationError(text, found=f"no file {path}", expected="file.py:function, or a path of .npz files")
+    function = getattr(load_python(Path(path)), name, None)
+    if not callable(function):
+        raise CalibrationError(text, found=f"no function {name}", expected="a function that returns batches")
+    return own(function)
+
+
+def own(function: Callable[..., Any], *given: Any, images: Path | None = None) -> Any:
+    """What a function of the user's file returns; an error inside it, or inside the generator that it is, names it."""
+    try:
+        made = function(*given) if images is None else function(images=images)
+    except PacklightError:
+        raise
+    except Exception as error:  # theirs may be any
+        raise _fault(function, error) from error
+    return _watched(function, made) if isinstance(made, Iterator) else made
+
+
+def _watched(function: Callable[..., Any], stream: Iterator[T]) -> Iterator[T]:
+    try:
+        yield from stream
+    except PacklightError:
+        raise
+    except Exception as error:
+        raise _fault(function, error) from error
+
+
+def _fault(function: Callable[..., Any], error: Exception) -> PacklightError:
+    """`calibration() of your file: found ValueError: ... (sample.py:12)`: the last line of their file that ran."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == inspect.getfile(function)] or frames
+    where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+    said = f"{type(error).__name__}: {error}"[:200]
+    return PacklightError(f"{function.__name__}() of your file", found=f"{said} ({where})")
+
+
+def size_bytes(size: str | None) -> int | None:
+    """6MB -> 6000000, 40MiB -> 41943040; a bare number is bytes."""
+    if size is None:
+        return None
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
+    if found is None or found[2].upper() not in units or float(found[1]) == 0:
+        raise RecipeError("size", found=repr(size), expected="a number above 0 with B, KB, MB, GB, KiB, MiB or GiB")
+    return int(float(found[1]) * units[found[2].upper()])
