@@ -9,16 +9,20 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from exporter import mobile, ort_format
 from exporter.batches import Array, Batch
 from exporter.errors import CalibrationError
+from exporter.mobile import Usability
+from exporter.ort_format import OrtModel
 from exporter.recipe import Probe as ProbeLimits
+from exporter.target import Target
 from runtime import drift
 from runtime import manifest as manifests
 from runtime.bundle import load
@@ -64,6 +68,30 @@ class Recorded:
     def exact(self) -> bool:
         """Whether every node ran in integers, moved values or is one rounding: nothing that depends on an order of sums."""
         return all((k.integer and k.kernel not in ROUNDS_TWICE) or k.kernel in EXACT for k in self.kernels.kernels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What ships: the models' bytes; for phones, where they were asked for, the .ort file and {file: who would take it}."""
+
+    fp32: bytes
+    int8: bytes
+    phone: OrtModel | None
+    mobile: Mapping[str, tuple[Usability, ...]]
+
+
+def models(fp32: bytes, int8: bytes, probes: Sequence[Probe], target: Target, *, ort: bool) -> Models:
+    """The models, and with `ort` the phone's file, proved to run as the .onnx file does on the probe.
+
+    Raises:
+        QuantizeError: see ort_format.prove.
+    """
+    if not ort:
+        return Models(fp32=fp32, int8=int8, phone=None, mobile={})
+    phone = ort_format.convert(int8, target.session, target.name)
+    ort_format.prove(phone, int8, [probe.inputs for probe in probes], target.session, target.name)
+    usable = {manifests.INT8: mobile.judge(int8), manifests.FP32: mobile.judge(fp32)}
+    return Models(fp32=fp32, int8=int8, phone=phone, mobile=usable)
 
 
 def record(

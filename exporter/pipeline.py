@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from exporter import batches, bundle, calibrate, correct, graph, lint, ort_format, place, prepare, report, target, trace
+from exporter import batches, bundle, calibrate, correct, graph, lint, place, prepare, report, target, trace
 from exporter.correct import bias
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
@@ -71,15 +71,11 @@ def export(
     unseen = tell.each(split.heldout(), "measure drift on held-out batches")
     recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe)
 
-    phone = None
-    if ort:
-        tell.stage("write the phone's file, and prove that it is the same model")
-        phone = ort_format.convert(int8, cpu.session, cpu.name)
-        ort_format.prove(phone, int8, [probe.inputs for probe in recorded.probes], cpu.session, cpu.name)
+    tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
+    models = bundle.models(fp32, int8, recorded.probes, cpu, ort=ort)
+    made = report.make(source, recipe, traced, prepared, split, plan, ranges, corrected, recorded, models)
 
     tell.stage("write the bundle, load it, time it")
-    sizes = len(fp32), len(int8), len(phone.ort) if phone else None
-    made = report.make(source, recipe, traced, prepared, split, plan, ranges, corrected, recorded, *sizes)
-    files = report.files(made, recipe, plan, ranges, fp32, int8, phone)
+    files = report.files(made, recipe, plan, ranges, models)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
     return report.timed(made, out)

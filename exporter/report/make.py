@@ -14,10 +14,9 @@ import onnxruntime
 
 from exporter import graph
 from exporter.batches import Split
-from exporter.bundle import Recorded
+from exporter.bundle import Models, Recorded
 from exporter.calibrate import Ranges
 from exporter.correct import Corrected
-from exporter.ort_format import OrtModel
 from exporter.place import Plan
 from exporter.prepare import Prepared
 from exporter.recipe import Recipe
@@ -45,15 +44,13 @@ def make(
     ranges: Ranges,
     corrected: Corrected,
     recorded: Recorded,
-    fp32_bytes: int,
-    int8_bytes: int,
-    ort_bytes: int | None,
+    models: Models,
 ) -> Report:
     """The report, without what only a machine and a moment can tell."""
+    ort_bytes = len(models.phone.ort) if models.phone is not None else None
+    ships = ort_bytes or len(models.int8)
     on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
-    lines = tuple(
-        gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ort_bytes or int8_bytes, None)
-    )
+    lines = tuple(gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None))
     return Report(
         name=source.name,
         recipe=recipe.name,
@@ -74,9 +71,10 @@ def make(
         integer_macs=recorded.kernels.integer_macs,
         macs=recorded.kernels.macs,
         drift=recorded.drift,
-        fp32_bytes=fp32_bytes,
-        int8_bytes=int8_bytes,
+        fp32_bytes=len(models.fp32),
+        int8_bytes=len(models.int8),
         ort_bytes=ort_bytes,
+        mobile=models.mobile,
         met=all(line.met for line in lines),
         lines=lines,
         ram_bytes=None,
@@ -103,14 +101,13 @@ def manifest(
     )
 
 
-def files(
-    report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, fp32: bytes, int8: bytes, phone: OrtModel | None
-) -> dict[str, bytes]:
+def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, models: Models) -> dict[str, bytes]:
     """{file: content} of a bundle, but for probe.npz and manifest.json."""
+    phone = models.phone
     for_phones = {} if phone is None else {manifests.ORT: phone.ort, manifests.OPERATORS: phone.operators.encode()}
     return {
-        manifests.FP32: fp32,
-        manifests.INT8: int8,
+        manifests.FP32: models.fp32,
+        manifests.INT8: models.int8,
         **for_phones,
         "recipe.toml": recipe.text.encode(),
         "plan.txt": plan.to_text().encode(),

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from exporter.mobile import Usability
     from exporter.report.value import Report
 
 WIDTH = 80
@@ -33,6 +34,8 @@ def render(report: Report) -> str:
     phone = "" if report.ort_bytes is None else f"; model.int8.ort {_bytes(report.ort_bytes)}"
     memory = "" if report.ram_bytes is None else f"; {_bytes(report.ram_bytes)} of memory to run it"
     lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}{phone}{memory}")
+    for file, judged in report.mobile.items():
+        lines += _row("phone", f"{file}: " + ", ".join(map(_usable, judged)))
     if report.timing is not None and report.timing.ratio is not None:
         threads = f"{report.timing.threads} thread{'s' if report.timing.threads != 1 else ''}"
         slower = ": SLOWER" if report.timing.ratio < 1 else ""
@@ -81,6 +84,11 @@ def _data(report: Report) -> str:
 def _kernels(report: Report) -> str:
     with_macs = [count for count in report.kernels if count.macs]
     return ", ".join(f"{count.kernel} {count.types} {count.nodes}" for count in with_macs[:4])
+
+
+def _usable(judged: Usability) -> str:
+    as_is = "" if judged.verdict == judged.verdict_as_is else " with fixed sizes"
+    return f"{judged.provider} {judged.verdict}{as_is} ({judged.taken} of {judged.nodes} nodes)"
 
 
 def _percent(share: float) -> str:

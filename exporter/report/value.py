@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from exporter.correct import Correction
+from exporter.mobile import Usability
 from exporter.report import text
 from runtime.bench import Timing
 from runtime.drift import Drift
@@ -58,7 +59,8 @@ class Report:
     rewrites: {rewrite: times it matched} of the preparation.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
     repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
-    ort_bytes: size of the phone's file, where it was asked for.
+    ort_bytes: size of the phone's file, where it was asked for; with it mobile: {file: what NNAPI and Core ML would take}.
+
     ram_bytes: what opening and running the model once adds to a process, where a limit asks for it; None like timing.
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
     """
@@ -85,6 +87,7 @@ class Report:
     fp32_bytes: int
     int8_bytes: int
     ort_bytes: int | None
+    mobile: Mapping[str, tuple[Usability, ...]]
     met: bool
     lines: tuple[Line, ...]
     ram_bytes: int | None
