@@ -67,7 +67,7 @@ def digits(folder: Path, recipe: str) -> Path:
     return folder / f"digits-{recipe}"
 
 
-@pytest.mark.parametrize("device", ["full", *WITHOUT_VNNI])
+@pytest.mark.parametrize("device", ["full", *WITHOUT_VNNI, "haswell"])
 def test_portable_bundle_has_the_recorded_bits(device: str, folder: Path) -> None:
     recorded_bits(device, one_signed(folder, "portable"))
 

@@ -16,6 +16,7 @@ import typer.testing
 import exporter
 import runtime
 from exporter import cli as exporter_cli
+from exporter.terminal import Terminal
 from tests.command import call
 from tests.exporter import graphs
 from tests.exporter.conftest import Exported
@@ -242,7 +243,7 @@ def test_terminal_closes_its_copy_of_stderr(monkeypatch: pytest.MonkeyPatch) -> 
     with open(outside, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         before = set(os.listdir("/dev/fd"))
-        with exporter_cli.Terminal() as progress:
+        with Terminal() as progress:
             progress.stage("work")
         assert set(os.listdir("/dev/fd")) == before
         monkeypatch.undo()

@@ -299,4 +299,4 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
     )
     assert not report.met
     verdict = runtime.check(runtime.load(tmp_path / "b"))
-    assert [(line.limit, line.met) for line in verdict.lines] == [(90.0, False)]
+    assert [(line.what, line.limit) for line in verdict.lines if not line.met] == [("snr_db y", 90.0)]

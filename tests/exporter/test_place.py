@@ -338,3 +338,13 @@ def test_plan_text_is_one_line_of_four_columns_a_node_whatever_their_names() -> 
     decision = replace(decide(graphs.model(CONVS, W), X).decisions[0], node="a | b", reason="first\n  second | third")
     lines = place.Plan(decisions=(decision,), tensors=()).to_text().splitlines()
     assert lines[1:] == ["a / b | Conv | int8 | first second / third"]
+
+
+def test_note_of_a_later_stage_stands_behind_the_reason_of_its_node_alone() -> None:
+    plan = decide(graphs.model(CONVS, W), X)
+    noted = plan.noted({"second": "pair rule: no pair breaks it", "gone": "never read"})
+    before, after = reasons(plan), reasons(noted)
+    assert after.pop("second") == f"{before.pop('second')}; pair rule: no pair breaks it"
+    assert after == before
+    assert (noted.int8, noted.tensors) == (plan.int8, plan.tensors)
+    assert plan.noted({}) == plan

@@ -46,11 +46,20 @@ def test_presets_are_one_a_target_and_say_so() -> None:
         assert found.budget.min_snr_db == 10.0
 
 
-def test_presets_differ_only_where_the_hardware_does() -> None:
-    portable, vnni = (load_recipe(name) for name in ("portable", "x86-vnni"))
-    assert portable.model_copy(update={"name": "", "target": "", "text": ""}) == vnni.model_copy(
-        update={"name": "", "target": "", "text": ""}
-    )
+def test_presets_differ_in_name_target_and_comments_only() -> None:
+    said = {"name": "", "target": "", "text": ""}
+    assert len({load_recipe(name).model_copy(update=said) for name in recipe.presets()}) == 1
+    for name in recipe.presets():
+        lines = [line.split("#")[0].rstrip() for line in load_recipe(name).text.splitlines()]
+        assert [line for line in lines if line] == [
+            "format = 1",
+            f'name   = "{name}"',
+            f'target = "{name}"',
+            "[calibrate]",
+            'method = "minmax"',
+            "[budget]",
+            "min_snr_db = 10.0",
+        ]
 
 
 def test_every_line_of_a_preset_has_its_reason() -> None:
@@ -89,3 +98,52 @@ def test_recipe_that_its_text_does_not_say_is_refused() -> None:
     ):
         with pytest.raises(RecipeError, match="expected the TOML it was read from; write it as TOML"):
             recipe.require_own_text(lie)
+
+
+LIMITS = {"max_size_bytes": 6_000_000, "max_ram_bytes": None, "min_integer_macs": 0.95}
+
+
+def test_limit_is_added_to_the_budget_and_to_the_text() -> None:
+    before = load_recipe("portable")
+    found = recipe.limited(before, LIMITS)
+    assert (found.budget.max_size_bytes, found.budget.max_ram_bytes, found.budget.min_integer_macs) == (
+        *(6_000_000, None),
+        0.95,
+    )
+    assert found.budget.min_snr_db == before.budget.min_snr_db == 10.0
+    added = [line for line in found.text.splitlines() if line not in before.text.splitlines()]
+    assert added == ["max_size_bytes = 6000000", "min_integer_macs = 0.95"]
+    assert [line for line in found.text.splitlines() if line not in added] == before.text.splitlines()
+    assert recipe.parse(found.text, "again") == found
+    recipe.require_own_text(found)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n[probe]\nbatches = 2\n", "\n[budget]  # mine\n", "\n[budget]"])
+def test_limit_finds_its_table_or_makes_one(end: str) -> None:
+    before = recipe.parse(f'format = 1\nname = "mine"\ntarget = "portable"{end}', "mine.toml")
+    found = recipe.limited(before, LIMITS)
+    assert (found.budget.max_size_bytes, found.budget.min_integer_macs) == (6_000_000, 0.95)
+    assert found.text.count("[budget]") == 1
+    assert (found.name, found.target, found.probe) == (before.name, before.target, before.probe)
+    recipe.require_own_text(found)
+
+
+def test_recipe_without_a_further_limit_is_itself() -> None:
+    before = load_recipe("portable")
+    assert recipe.limited(before, {"max_size_bytes": None, "min_integer_macs": None}) is before
+
+
+def test_limit_in_the_recipe_and_beside_it_is_refused() -> None:
+    once = recipe.limited(load_recipe("portable"), LIMITS)
+    with pytest.raises(RecipeError, match="budget max_size_bytes: found one in the recipe and one beside it") as error:
+        recipe.limited(once, {"max_size_bytes": 5})
+    assert "take it out of the recipe, or leave the flag out" in str(error.value)
+    assert recipe.limited(once, {"max_ram_bytes": 5}).budget.max_ram_bytes == 5
+
+
+@pytest.mark.parametrize(
+    "limits", [{"min_integer_macs": 1.5}, {"max_size_bytes": 0}, {"min_integer_macs": float("nan")}]
+)
+def test_limit_that_is_none_is_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match=f"portable:budget:{next(iter(limits))}"):
+        recipe.limited(load_recipe("portable"), limits)

@@ -4,11 +4,12 @@ import pytest
 
 from exporter import target
 from exporter.errors import RecipeError
-from exporter.target import NO_KERNEL, TARGETS
+from exporter.target import LISTED, NO_KERNEL, TARGETS, UNWANTED, Fact, Target
+from runtime.cpu import Cpu
 
 
 def test_targets_are_found_by_their_names() -> None:
-    assert [*TARGETS] == ["portable", "x86-vnni"]
+    assert [*TARGETS] == ["portable", "x86-vnni", "x86-avx2", "arm64", "wasm"]
     for name, found in TARGETS.items():
         assert found.name == name and target.by_name(name) is found
 
@@ -42,3 +43,63 @@ def test_softmax_is_dearer_in_int8_and_concat_cheaper() -> None:
     for found in TARGETS.values():
         assert found.elementwise["Softmax"].int8_ns > 4 * found.elementwise["Softmax"].float_ns
         assert found.elementwise["Concat"].int8_ns < found.elementwise["Concat"].float_ns
+
+
+def fact(of: Target, what: str) -> Fact:
+    (found,) = [each for each in target.facts(of) if each.what == what]
+    return found
+
+
+def test_every_fact_has_a_value_and_a_reason() -> None:
+    for found in TARGETS.values():
+        facts = target.facts(found)
+        assert [each.what for each in facts[:5]] == ["types", "weights", "layers", "by cost", "float"]
+        assert len({each.what for each in facts}) == len(facts)
+        assert all(each.value and len(each.why) > 20 for each in facts)
+
+
+def test_every_optimizer_that_is_off_at_load_is_a_fact_with_its_reason() -> None:
+    for found in TARGETS.values():
+        off = {each.what.removeprefix("off at load: "): each for each in target.facts(found)[5:]}
+        assert off.keys() == set(found.session[LISTED].split(";")) == UNWANTED.keys()
+        assert {name: (each.value, each.why) for name, each in off.items()} == {
+            name: (LISTED, why) for name, why in UNWANTED.items()
+        }
+
+
+def test_only_targets_that_add_pairs_in_int16_hold_weights_to_the_pair_rule() -> None:
+    paired = {name for name, each in TARGETS.items() if "pair rule" in fact(each, "weights").value}
+    assert paired == {name for name, each in TARGETS.items() if each.pairs_in_int16} == {"portable", "x86-avx2"}
+
+
+def test_target_whose_hardware_was_not_there_to_be_timed_says_whose_costs_it_has() -> None:
+    predicted = {name for name, each in TARGETS.items() if each.costs_from.startswith("predicted: ")}
+    assert predicted == {"arm64", "wasm"}
+    for name in predicted:
+        assert "predicted: x86 with VNNI" in fact(TARGETS[name], "by cost").why
+
+
+def cpu(machine: str, *flags: str, pairs: bool = False) -> Cpu:
+    return Cpu(name="a CPU", machine=machine, flags=flags, pairs_in_int16=pairs)
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        (cpu("aarch64", "asimddp"), "arm64"),  # Linux
+        (cpu("arm64"), "arm64"),  # macOS
+        (cpu("x86_64", "avx2", pairs=True), "x86-avx2"),
+        (cpu("x86_64", "avx2", "avx512f", pairs=True), "x86-avx2"),
+        (cpu("AMD64", pairs=True), "x86-avx2"),  # Windows lists no flags
+        (cpu("x86_64", "avx2", "avx512f", "avx512_vnni"), "x86-vnni"),
+        (cpu("x86_64", "avx2", "avx_vnni"), "x86-vnni"),
+        # what is measured is stronger than what is listed: a hypervisor may list what the kernels do not use
+        (cpu("x86_64", "avx2", "avx512_vnni", pairs=True), "x86-avx2"),
+        (cpu("x86_64"), "portable"),  # SSE: its kernels widen first
+        (cpu("AMD64"), "portable"),
+        (cpu("riscv64"), "portable"),
+        (cpu(""), "portable"),
+    ],
+)
+def test_cpu_is_the_target_of_its_machine_and_of_what_its_kernels_compute(here: Cpu, expected: str) -> None:
+    assert target.of(here) is TARGETS[expected]
