@@ -49,7 +49,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
             _refuse(folder / name, found="a file the manifest does not list", do="remove it, or export again")
     for name, expected in listed.files.items():
         file = folder / name
-        if name not in present and _may_be_left_off(name, listed):
+        if name not in present and _may_be_left_off(name, present):
             continue
         _plain_file(file)
         if (size := file.stat().st_size) != expected.size_bytes:
@@ -120,6 +120,9 @@ class Bundle:
         self.model = model = path / (manifests.ORT if ort else manifests.INT8)
         if ort and manifests.ORT not in manifest.files:
             _refuse(model, found="nothing", expected="the phone's file", do="export with --ort")
+        if not model.exists():  # the other form is there: verify() saw to it
+            do = "copy that file too, or leave --ort off" if ort else "copy that file too, or open the .ort: --ort, ort=True"
+            _refuse(model, found="nothing", expected="the int8 model in this form", do=do)
         try:
             self._session = open_session(model, threads=threads, providers=providers, entries=manifest.session)
         except BundleError as error:
@@ -194,9 +197,9 @@ class Bundle:
         )
 
 
-def _may_be_left_off(name: str, listed: Manifest) -> bool:
-    """Whether a device needs this file: not the reference, and of the two forms of the int8 model only one."""
-    return name in manifests.OPTIONAL or (name in manifests.FORMS and manifests.ORT in listed.files)
+def _may_be_left_off(name: str, present: Sequence[str]) -> bool:
+    """Whether a device can do without this file: the reference, and of the two forms of the int8 model one."""
+    return name in manifests.OPTIONAL or (name in manifests.FORMS and any(form in present for form in manifests.FORMS))
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

@@ -18,6 +18,7 @@ from runtime import cpu
 from runtime import manifest as manifests
 from runtime.manifest import Budget, Machine, Manifest, Tensor
 from runtime.probe import Probe, write_probe
+from runtime.session import open_session
 
 Array = NDArray[Any]
 IMAGE = (3, 16, 16)
@@ -135,6 +136,15 @@ def write_bundle(folder: Path, budget: Budget | None = None) -> Path:
         (folder / name).write_text("{}\n", encoding="utf-8")
     (folder / "report.html").write_text("<!doctype html>\n", encoding="utf-8")
     seal(folder, manifest(budget or Budget()))
+    return folder
+
+
+def add_ort(folder: Path, about: Manifest) -> Path:
+    """Add the phone's file to a bundle: the model as ONNX Runtime optimized it, without what one CPU alone can run."""
+    entries = {"session.save_model_format": "ORT", "optimization.disable_specified_optimizers": "NchwcTransformer"}
+    open_session(folder / manifests.INT8, entries={**about.session, **entries}, optimized=folder / manifests.ORT)
+    (folder / manifests.OPERATORS).write_text("# Generated\n", encoding="utf-8")
+    seal(folder, about)
     return folder
 
 

@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 import runtime
+from runtime import cpu
 from runtime import manifest as manifests
 from runtime.errors import BundleError, InputError, PacklightError
 from runtime.manifest import Budget, Tensor
@@ -134,3 +135,76 @@ def test_fp32_model_may_be_left_off_and_no_other_file(own_bundle: Path) -> None:
     (own_bundle / "plan.txt").unlink()
     with pytest.raises(BundleError, match=r"plan.txt: found nothing, expected a file"):
         runtime.load(own_bundle)
+
+
+def test_phones_file_gives_the_outputs_of_the_onnx_file(ort_bundle: Path) -> None:
+    as_onnx, as_ort = runtime.load(ort_bundle, threads=1), runtime.load(ort_bundle, threads=1, ort=True)
+    assert (as_onnx.model.name, as_ort.model.name) == ("model.int8.onnx", "model.int8.ort")
+    for probe in as_ort.probes():
+        found = as_ort.run(probe.inputs)["logits"]
+        np.testing.assert_array_equal(found, as_onnx.run(probe.inputs)["logits"], strict=True)
+        np.testing.assert_array_equal(found, probe.int8["logits"], strict=True)
+
+
+def test_device_needs_one_of_the_two_forms(ort_bundle: Path) -> None:
+    probe = runtime.load(ort_bundle).probes()[0]
+    onnx_file, ort_file = ort_bundle / manifests.INT8, ort_bundle / manifests.ORT
+    onnx_content, ort_content = onnx_file.read_bytes(), ort_file.read_bytes()
+    onnx_file.unlink()
+    found = runtime.load(ort_bundle, ort=True).run(probe.inputs)["logits"]
+    np.testing.assert_array_equal(found, probe.int8["logits"], strict=True)
+    with pytest.raises(BundleError, match=r"model.int8.onnx: found nothing, .* or open the .ort: --ort, ort=True"):
+        runtime.load(ort_bundle)
+    ort_file.unlink()
+    for ort_form in (False, True):
+        with pytest.raises(
+            BundleError, match=r"model.int8.onnx: found nothing, expected a file; copy the whole bundle"
+        ):
+            runtime.load(ort_bundle, ort=ort_form)
+    onnx_file.write_bytes(onnx_content)
+    assert runtime.load(ort_bundle).run(probe.inputs).keys() == {"logits"}
+    with pytest.raises(BundleError, match=r"model.int8.ort: found nothing, .*; copy that file too, or leave --ort off"):
+        runtime.load(ort_bundle, ort=True)
+    ort_file.write_bytes(ort_content[:-1])
+    with pytest.raises(BundleError, match=r"model.int8.ort: found \d+ bytes"):
+        runtime.load(ort_bundle)
+
+
+def test_bundle_without_the_phones_file_says_how_it_is_made(bundle_folder: Path) -> None:
+    with pytest.raises(
+        BundleError, match=r"model.int8.ort: found nothing, expected the phone's file; export with --ort"
+    ):
+        runtime.load(bundle_folder, ort=True)
+
+
+def test_phones_file_that_onnxruntime_refuses_names_the_versions(ort_bundle: Path) -> None:
+    (ort_bundle / manifests.ORT).write_bytes(b"no flatbuffer at all")
+    models.seal(ort_bundle, models.manifest(Budget()))
+    with pytest.raises(BundleError, match="model.int8.ort: ONNX Runtime .* cannot open it.*copy the bundle again"):
+        runtime.load(ort_bundle, ort=True)
+
+
+def test_bundle_whose_weights_saturate_on_this_cpu_warns_and_strict_refuses_it(for_vnni: Path) -> None:
+    with pytest.warns(RuntimeWarning) as told:
+        assert runtime.load(for_vnni).manifest.pair_rule is False
+    (warning,) = told
+    assert str(warning.message).startswith(
+        f"{for_vnni}: made for x86-vnni, whose weights are not held to the pair rule"
+    )
+    assert warning.filename == __file__
+    with pytest.raises(
+        BundleError, match="may saturate, without an error, expected a CPU with VNNI; export with --target"
+    ):
+        runtime.load(for_vnni, strict=True)
+
+
+def test_cpu_that_sums_in_int32_needs_no_warning(for_vnni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "pairs_in_int16", lambda: False)
+    assert runtime.load(for_vnni, strict=True).manifest.pair_rule is False
+
+
+def test_bundle_that_keeps_the_pair_rule_never_asks_what_the_cpu_computes(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "pairs_in_int16", lambda: pytest.fail("measured"))
+    assert runtime.load(own_bundle, strict=True).manifest.pair_rule is True

@@ -103,7 +103,7 @@ def test_help_teaches_with_an_example(command: str, capsys: Captured) -> None:
 def test_help_lists_the_exporters_commands_too(capsys: Captured) -> None:
     assert call("--help") == 0
     text = capsys.readouterr().out
-    for command in ("export", "demo", "check", "bench", "run", "explain"):
+    for command in ("export", "demo", "targets", "lint", "check", "bench", "run", "explain"):
         assert f" {command} " in text
 
 
@@ -166,3 +166,77 @@ def test_error_of_nobodys_is_2_with_a_traceback_and_one_line(
     assert out == "" and err.startswith("Traceback")
     last = "error: this is a fault of packlight's or of your file: found ZeroDivisionError: a fault of ours"
     assert err.splitlines()[-1] == last
+
+
+def test_check_and_explain_run_the_phones_file_when_asked(ort_bundle: Path, capsys: Captured) -> None:
+    (ort_bundle / "model.int8.onnx").unlink()
+    assert call("check", ort_bundle) == 2
+    assert call("check", ort_bundle, "--ort", "--threads", 1) == 0
+    assert call("explain", ort_bundle, "--ort") == 0
+    out, err = capsys.readouterr()
+    assert "not known" in out and "tiny: 100.0 % of MACs in integer kernels" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert err.startswith("error: ") and err.endswith("or open the .ort: --ort, ort=True\n") and err.count("\n") == 1
+
+
+def test_integer_share_that_is_not_met_is_1(bundle_folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    np.savez(tmp_path / "in.npz", **next(models.images(5, 1)))
+    fp32 = bundle_folder / "model.fp32.onnx"
+    assert call("check", bundle_folder, "--min-integer-macs", 1) == 0
+    assert call("explain", bundle_folder, "--min-integer-macs", 1) == 0
+    assert capsys.readouterr().err == ""
+    assert call("explain", fp32, "--inputs", tmp_path / "in.npz", "--min-integer-macs", 0.5) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("model.fp32.onnx: 0.0 % of MACs in integer kernels")
+    assert err == "integer_macs: 0 (at least 0.5): NOT MET\n"
+    assert call("explain", fp32, "--inputs", tmp_path / "in.npz", "--min-integer-macs", 0.5, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["integer_macs"] == 0.0
+
+
+def test_check_holds_the_integer_share_of_a_float_model(own_bundle: Path, capsys: Captured) -> None:
+    (own_bundle / "model.int8.onnx").write_bytes((own_bundle / "model.fp32.onnx").read_bytes())
+    models.seal(own_bundle, models.manifest(Budget()))
+    assert call("check", own_bundle, "--min-integer-macs", 0.25) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("integer_macs")]
+    assert rows == [["integer_macs", "0", "0.25", "NO"]]
+
+
+def test_bare_model_is_explained_on_one_batch(bundle_folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    np.savez(tmp_path / "in.npz", **next(models.images(5, 1)))
+    model = bundle_folder / "model.int8.onnx"
+    assert call("explain", model, "--inputs", tmp_path / "in.npz") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("model.int8.onnx: 100.0 % of MACs in integer kernels (0.429 M MACs, ")
+    assert max(map(len, lines)) <= 80
+    assert call("explain", model) == 2
+    assert call("explain", tmp_path / "none.onnx", "--inputs", tmp_path / "in.npz") == 2
+    errors = capsys.readouterr().err.splitlines()
+    expected = "expected a bundle's folder, or a model and --inputs FILE.npz"
+    assert errors == [
+        f"error: {model}: found no --inputs, {expected}",
+        f"error: {tmp_path / 'none.onnx'}: found nothing, {expected}",
+    ]
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_warning_is_one_line_on_stderr_and_strict_makes_it_2(for_vnni: Path, capsys: Captured) -> None:
+    assert call("check", for_vnni) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith(f"warning: {for_vnni}: made for x86-vnni, whose weights") and err.count("\n") == 1
+    assert "note: made for x86-vnni" in out and max(map(len, out.splitlines())) <= 80
+    assert call("check", for_vnni, "--strict") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {for_vnni}: found made for x86-vnni") and err.count("\n") == 1
+
+
+def test_forecast_is_forwarded_with_what_was_given(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(cli, "forward", lambda command, args: told.append((command, args)))
+    assert call("explain", bundle_folder, "--as", "x86-avx2") == 0
+    assert call("explain", "m.onnx", "--as", "x86-avx2", "--inputs", "in.npz", "--json") == 0
+    assert told == [
+        ("forecast", [str(bundle_folder), "--as", "x86-avx2"]),
+        ("forecast", ["m.onnx", "--as", "x86-avx2", "--inputs", "in.npz", "--json"]),
+    ]

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import runtime
+from runtime import manifest as manifests
 from runtime.errors import BundleError
-from runtime.explain import HEADER, Planned, explain, read_plan
+from runtime.explain import HEADER, Planned, explain, explain_file, read_plan
 from runtime.manifest import Budget
 from tests.runtime import models
 
@@ -55,3 +56,28 @@ def test_plan_of_another_form_is_refused_by_line(tmp_path: Path, text: str, wher
     (tmp_path / "plan.txt").write_text(text)
     with pytest.raises(BundleError, match=f"plan.txt{where}: "):
         read_plan(tmp_path / "plan.txt")
+
+
+def test_file_of_no_bundle_is_explained_by_its_kernels(bundle_folder: Path) -> None:
+    batch = next(models.images(3, 1))
+    bundled = explain(runtime.load(bundle_folder, threads=1))
+    for name, share in ((manifests.INT8, 1.0), (manifests.FP32, 0.0)):
+        found = explain_file(bundle_folder / name, batch)
+        assert (found.integer_macs, found.macs) == (share, 2 * models.CLASSIFIER_MACS)
+        assert {node.planned for node in found.nodes} == {None}
+    as_int8 = explain_file(bundle_folder / manifests.INT8, batch)
+    assert [node.kernel.kernel for node in as_int8.nodes] == [node.kernel.kernel for node in bundled.nodes]
+
+
+def test_phones_file_is_explained_with_the_plan(ort_bundle: Path) -> None:
+    found = explain(runtime.load(ort_bundle, threads=1, ort=True))
+    assert (found.integer_macs, found.macs) == (1.0, 2 * models.CLASSIFIER_MACS)
+    assert {n.planned.op_type for n in found.nodes if n.kernel.macs and n.planned} == {"Conv", "Gemm"}
+    bare = explain_file(ort_bundle / manifests.ORT, next(models.images(3, 1)))
+    assert (bare.integer_macs, bare.macs) == (1.0, 2 * models.CLASSIFIER_MACS)
+
+
+def test_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "no.onnx").write_bytes(b"no")
+    with pytest.raises(BundleError, match="no.onnx: ONNX Runtime .* cannot open it"):
+        explain_file(tmp_path / "no.onnx", {})

@@ -186,12 +186,33 @@ def test_kernel_error_is_between_the_kernels_and_their_own_file_in_float(bundle_
     assert verdict.kernel.worst_snr_db > verdict.quantization.worst_snr_db
 
 
-def test_other_onnxruntime_and_a_cpu_that_saturates_are_notes_and_no_failures(own_bundle: Path) -> None:
+def test_other_onnxruntime_and_a_cpu_that_saturates_are_notes_and_no_failures(for_vnni: Path) -> None:
     about = replace(models.manifest(Budget()), versions={"onnxruntime": "0.1"}, pair_rule=False)
-    models.seal(own_bundle, about)
-    verdict = runtime.check(runtime.load(own_bundle))
-    assert verdict.met
+    models.seal(for_vnni, about)
+    with pytest.warns(RuntimeWarning, match="this CPU adds pairs"):
+        verdict = runtime.check(runtime.load(for_vnni))
+    assert verdict.met and verdict.cpu.pairs_in_int16
+    assert [note.split(",")[0] for note in verdict.notes] == ["made for x86-vnni", "exported with onnxruntime 0.1"]
     assert verdict.notes[-1] == f"exported with onnxruntime 0.1, run here by {ort.__version__}"
+
+
+def test_phones_file_is_checked_as_it_runs_and_without_the_onnx_file_no_kernel_error_is_known(ort_bundle: Path) -> None:
+    both = runtime.check(runtime.load(ort_bundle, threads=1, ort=True))
+    assert (both.met, both.exact, both.integer_macs) == (True, True, 1.0)
+    assert both.kernel is not None and both.kernel.worst_snr_db > both.quantization.worst_snr_db
+    (ort_bundle / manifests.INT8).unlink()
+    alone = runtime.check(runtime.load(ort_bundle, threads=1, ort=True))
+    assert (alone.met, alone.exact, alone.kernel) == (True, True, None)
+    assert alone.drift == both.drift
+    assert "| kernel | not known | 100.0 % |" in gate.markdown(alone, "tiny")
+
+
+def test_size_limit_is_held_against_the_form_that_runs(ort_bundle: Path) -> None:
+    size = (ort_bundle / manifests.ORT).stat().st_size
+    assert size != (ort_bundle / manifests.INT8).stat().st_size
+    models.seal(ort_bundle, models.manifest(Budget(max_size_bytes=size - 1)))
+    (line,) = [x for x in runtime.check(runtime.load(ort_bundle, ort=True)).lines if x.what == "max_size_bytes"]
+    assert (line.found, line.met) == (size, False)
 
 
 def test_integer_share_can_be_asked_for_beside_the_budget(bundle_folder: Path) -> None:
