@@ -11,7 +11,8 @@ Four models from one FP32 graph and the same calibration batches:
     packlight portable  eight bits under the pair rule, which no kernel saturates either
 
 each on this CPU, and on this CPU with AVX512 but no VNNI and with AVX2 alone (tests/devices). Prints a Markdown table: SNR of
-the logits against FP32, the share of held-out batches with FP32's first class, and whether all three computed the same bits.
+the logits against FP32, the share of held-out batches with FP32's first class, FP32's time there over the
+model's, and whether all three computed the same bits.
 """
 
 from __future__ import annotations
@@ -41,16 +42,24 @@ from tests import devices
 
 DEVICES = {"full": "no mask", "avx512": "avx512", "avx2": "avx2"}
 PRESETS = ("x86-vnni", "portable")
-OUTPUT = "logits"
+OUTPUT, FP32 = "logits", "fp32"
 
+ROUNDS = 20
 RUN = """
-import json, sys
+import json, sys, time
 import numpy as np
 from runtime.session import open_session
 batches, models = np.load(sys.argv[1])["image"], json.loads(sys.argv[2])
-sessions = {name: open_session(path, entries=entries) for name, (path, entries) in models.items()}
+sessions = {name: open_session(path, threads=1, entries=entries) for name, (path, entries) in models.items()}
 run = lambda session: np.stack([session.run(None, {"image": batch})[0] for batch in batches])
 np.savez(sys.argv[3], **{name: run(session) for name, session in sessions.items()})
+times = {name: [] for name in sessions}
+for _ in range(int(sys.argv[4])):
+    for name, session in sessions.items():
+        start = time.perf_counter()
+        session.run(None, {"image": batches[0]})
+        times[name].append(time.perf_counter() - start)
+print(json.dumps({name: float(np.median(taken)) for name, taken in times.items()}))
 """
 
 
@@ -94,14 +103,16 @@ def _orts(fp32: Path, calibration: Sequence[Batch], folder: Path) -> list[Model]
     return models
 
 
-def logits(device: str, models: Sequence[Model], heldout: Sequence[Batch], folder: Path) -> Mapping[str, np.ndarray]:
-    """{model: float32 [batches, 1, 1000]} as computed on the device."""
+def computed(
+    device: str, models: Sequence[Model], heldout: Sequence[Batch], folder: Path
+) -> tuple[Mapping[str, np.ndarray], Mapping[str, float]]:
+    """{model: logits float32 [batches, 1, 1000]} and {model: median seconds, one thread, taken in turn} on the device."""
     given, found = folder / "heldout.npz", folder / f"{device}.npz"
     np.savez(given, image=np.stack([batch["image"] for batch in heldout]))
     listed = {model.name: (str(model.path), dict(model.entries)) for model in models}
-    devices.run(device, RUN, str(given), json.dumps(listed), str(found), seconds=1800)
+    done = devices.run(device, RUN, str(given), json.dumps(listed), str(found), str(ROUNDS), seconds=1800)
     with np.load(found) as arrays:
-        return dict(arrays)
+        return dict(arrays), json.loads(done.stdout)
 
 
 def compare(images: Path | None) -> None:
@@ -111,12 +122,19 @@ def compare(images: Path | None) -> None:
         fp32, models, heldout = made(images, folder)
         session = open_session(fp32)
         reference = [session.run([OUTPUT], dict(batch))[0] for batch in heldout]
-        found = {device: logits(device, models, heldout, folder) for device in DEVICES}
+        plain = Model(name=FP32, path=fp32, entries=NO_ENTRIES)
+        ran = {device: computed(device, [plain, *models], heldout, folder) for device in DEVICES}
+        found = {device: outputs for device, (outputs, _) in ran.items()}
         print(f"{len(heldout)} held-out batches\n")
-        print(f"| weights | {' | '.join(f'SNR dB, {shown} | same top-1' for shown in DEVICES.values())} | bits equal |")
-        print(f"|{'---|' * (2 + 2 * len(DEVICES))}")
+        print(
+            f"| weights | {' | '.join(f'SNR dB, {shown} | same top-1 | speed' for shown in DEVICES.values())} | bits equal |"
+        )
+        print(f"|{'---|' * (2 + 3 * len(DEVICES))}")
         for model in models:
-            cells = [_cell(reference, found[device][model.name]) for device in DEVICES]
+            cells = [
+                f"{_cell(reference, outputs[model.name])} | {seconds[FP32] / seconds[model.name]:.2f}x"
+                for outputs, seconds in ran.values()
+            ]
             equal = all(np.array_equal(found["full"][model.name], found[device][model.name]) for device in DEVICES)
             print(f"| {model.name} | {' | '.join(cells)} | {'yes' if equal else 'no'} |")
 
