@@ -44,7 +44,9 @@ def test_bundles_own_report_is_the_same_but_for_the_time_of_this_machine(exporte
 
 
 def test_infinite_snr_is_strict_json(exported: Exported) -> None:
-    same = OutputDrift(name="y", snr_db=float("inf"), cosine=1.0, max_abs=0.0, mean_abs=0.0, rms=0.0, same_top1=None, elements=4)
+    same = OutputDrift(
+        name="y", snr_db=float("inf"), cosine=1.0, max_abs=0.0, mean_abs=0.0, rms=0.0, same_top1=None, elements=4
+    )
     report = replace(exported.report, drift=Drift(outputs=(same,), batches=1))
     found = json.loads(report.to_json(), parse_constant=lambda word: pytest.fail(word))
     assert found["drift"]["outputs"][0]["snr_db"] == "inf"
