@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from exporter import batches, forecast, given, lint, views
+from exporter import forecast, given, lint, views
 from exporter import target as targets
 from exporter.errors import RecipeError
 from exporter.forecast import text as forecast_text
@@ -189,7 +189,11 @@ def forecast_model(
         if model.is_dir():
             found = forecast.of_bundle(model, progress)
         else:
-            batches.require(inputs, "inputs")
+            if inputs is None or not model.is_file():
+                raise PacklightError(
+                    str(model), found="no --inputs" if model.is_file() else "nothing",
+                    expected="a bundle's folder, or an int8 .onnx and --inputs DATA",
+                )  # fmt: skip
             found = forecast.of_model(model, inputs, progress=progress)
     typer.echo(canonical(found) if as_json else forecast_text.render(found, model.name) + "\n", nl=False)
 

@@ -291,7 +291,12 @@ def _one_cpu(model: ir.Model) -> Iterator[Finding]:
 
 
 def _ort_domains(ort: Path) -> Iterator[Finding]:
-    if NOT_PORTABLE.decode() in ort_format.domains(ort.read_bytes()):
+    content = ort.read_bytes()
+    try:
+        domains = ort_format.domains(content)
+    except Exception as error:  # ONNX Runtime's reader takes the bytes as they are: whatever they lead to
+        raise QuantizeError(str(ort), found="no ORT format, or half of it", expected="an .ort file") from error
+    if NOT_PORTABLE.decode() in domains:
         yield _saved_for_one_cpu("")
 
 

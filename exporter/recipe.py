@@ -126,7 +126,7 @@ def limited(recipe: Recipe, limits: Mapping[str, float | None]) -> Recipe:
     """The recipe with more limits in its budget, in its text as well; a limit of None is not asked for.
 
     Raises:
-        RecipeError: the recipe has this limit already, or the value is none.
+        RecipeError: the recipe has this limit already, or the value is none; or its budget is not a table under [budget].
     """
     asked = {name: limit for name, limit in limits.items() if limit is not None}
     for name in asked:
@@ -137,8 +137,14 @@ def limited(recipe: Recipe, limits: Mapping[str, float | None]) -> Recipe:
             )  # fmt: skip
     if not asked:
         return recipe
+    require_own_text(recipe)
     lines = [f"{name} = {limit}" for name, limit in asked.items()]
-    table = re.search(r"^\[budget\].*$", recipe.text, flags=re.MULTILINE)
+    table = re.search(r"^[ \t]*\[[ \t]*budget[ \t]*\].*$", recipe.text, flags=re.MULTILINE)
+    if (table is not None) != ("budget" in tomllib.loads(recipe.text)):  # inline, dotted, or a line of some text
+        raise RecipeError(
+            "budget: no place to add a limit", found="no line [budget]", expected="its limits under [budget]",
+            do="write the limit into the recipe", where=recipe.name,
+        )  # fmt: skip
     if table is None:
         return parse("\n".join([recipe.text.rstrip("\n"), "", "[budget]", *lines, ""]), recipe.name)
     return parse("\n".join([recipe.text[: table.end()], *lines]) + recipe.text[table.end() :], recipe.name)

@@ -173,6 +173,8 @@ def explain(
 ) -> None:
     """Show every node: the kernel that ran, its types, time and MACs, and why the plan chose so."""
     if target is not None:
+        if ort or min_integer_macs is not None:
+            raise typer.BadParameter("--as forecasts the .onnx file, and takes neither --ort nor --min-integer-macs")
         given = [] if inputs is None else ["--inputs", str(inputs)]
         return forward("forecast", [str(bundle), "--as", target, *given, *(["--json"] if as_json else [])])
     if bundle.is_dir():

@@ -100,8 +100,10 @@ def test_lint_of_a_file_alone_warns_of_every_cpu_and_is_0(saturating: Exported, 
 
 
 def test_lint_of_what_is_not_there_is_2(tmp_path: Path, capsys: Captured) -> None:
-    (tmp_path / "no.onnx").write_bytes(b"no")
-    for path in (tmp_path, tmp_path / "none.onnx", tmp_path / "no.onnx"):
+    names = ("no.onnx", "no.ort", "half.ort")
+    for name, content in zip(names, (b"no", b"no", b"\x14\0\0\0ORTM" + bytes(40)), strict=True):
+        (tmp_path / name).write_bytes(content)
+    for path in (tmp_path, tmp_path / "none.onnx", *(tmp_path / name for name in names)):
         assert str(path) in refused(capsys, "lint", path)
 
 
@@ -133,7 +135,9 @@ def test_forecast_of_a_bare_file_needs_inputs(saturating: Exported, tmp_path: Pa
     forecast = json.loads(capsys.readouterr().out)
     assert [layer["node"] for layer in forecast["layers"]] == ["a", "e"]
     assert (forecast["with_vnni"], forecast["drift"]["batches"]) == (None, 1)
-    assert "inputs: no data" in refused(capsys, "explain", model, "--as", "x86-avx2")
+    expected = "expected a bundle's folder, or an int8 .onnx and --inputs DATA"
+    for path, what in ((model, "no --inputs"), (tmp_path / "none.onnx", "nothing")):
+        assert refused(capsys, "explain", path, "--as", "x86-avx2") == f"error: {path}: found {what}, {expected}\n"
 
 
 @pytest.mark.parametrize("name", ["arm64", "wasm", "x86-vnni"])

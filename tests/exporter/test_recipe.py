@@ -147,3 +147,24 @@ def test_limit_in_the_recipe_and_beside_it_is_refused() -> None:
 def test_limit_that_is_none_is_refused(limits: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match=f"portable:budget:{next(iter(limits))}"):
         recipe.limited(load_recipe("portable"), limits)
+
+
+@pytest.mark.parametrize("budget", ["[ budget ]", "  [budget]  # mine", "[budget]\r"])
+def test_limit_finds_its_table_however_it_is_spaced(budget: str) -> None:
+    before = recipe.parse(f'format = 1\nname = "mine"\ntarget = "portable"\n{budget}\nmax_abs = 3.0\n', "mine.toml")
+    found = recipe.limited(before, LIMITS)
+    assert (found.budget.max_abs, found.budget.max_size_bytes) == (3.0, 6_000_000)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "budget = {max_abs = 3.0}\n",
+        "budget.max_abs = 3.0\n",
+        '[[rules]]\nmatch = "Conv"\nprecision = "float"\nwhy = """\n[budget]\n"""\n',
+    ],
+)
+def test_limit_that_finds_no_place_is_refused_and_never_lost(end: str) -> None:
+    before = recipe.parse(f'format = 1\nname = "mine"\ntarget = "portable"\n{end}', "mine.toml")
+    with pytest.raises(RecipeError, match="mine: budget: no place to add a limit.*write the limit into the recipe"):
+        recipe.limited(before, LIMITS)

@@ -236,6 +236,8 @@ def test_forecast_is_forwarded_with_what_was_given(
     monkeypatch.setattr(cli, "forward", lambda command, args: told.append((command, args)))
     assert call("explain", bundle_folder, "--as", "x86-avx2") == 0
     assert call("explain", "m.onnx", "--as", "x86-avx2", "--inputs", "in.npz", "--json") == 0
+    for flag in (["--ort"], ["--min-integer-macs", 0.5]):  # never dropped without a word
+        assert call("explain", bundle_folder, "--as", "x86-avx2", *flag) == 2
     assert told == [
         ("forecast", [str(bundle_folder), "--as", "x86-avx2"]),
         ("forecast", ["m.onnx", "--as", "x86-avx2", "--inputs", "in.npz", "--json"]),
