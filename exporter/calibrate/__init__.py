@@ -1,7 +1,8 @@
-"""Graph + batches -> Ranges: streaming, in memory bounded by one batch."""
+"""Graph + batches -> Statistics -> Ranges: streaming, in memory that does not grow with the data."""
 
 from exporter.calibrate.domain import distinguish
-from exporter.calibrate.observe import Observed, observe
+from exporter.calibrate.observe import observe, observer
 from exporter.calibrate.ranges import Range, Ranges
+from exporter.calibrate.statistics import Statistics
 
-__all__ = ["Observed", "Range", "Ranges", "distinguish", "observe"]
+__all__ = ["Range", "Ranges", "Statistics", "distinguish", "observe", "observer"]
