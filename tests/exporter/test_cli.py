@@ -193,7 +193,8 @@ def on_a_device(*args: object) -> subprocess.CompletedProcess[str]:
 def test_copy_checks_itself_on_a_device_without_the_exporter(exported: Exported, tmp_path: Path) -> None:
     shutil.copytree(exported.folder, tmp_path / "copy")
     ran = on_a_device("check", tmp_path / "copy")
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.returncode == 0, ran.stderr
+    assert all(line.startswith("warning: ") for line in ran.stderr.splitlines())  # where there is no VNNI
     assert ran.stdout.startswith("residual: met")
 
 

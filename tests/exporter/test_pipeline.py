@@ -271,6 +271,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         "quantize,",
         "measure",
         "write",
+        "write",
     ]
     assert told[3] == "calibrate 4"
 

@@ -7,7 +7,7 @@ import pytest
 from exporter import correct, graph
 from exporter.calibrate import observe
 from exporter.correct import bias
-from exporter.target import X86_VNNI
+from exporter.target import PORTABLE, X86_VNNI
 from tests.exporter import graphs
 
 Batches = list[dict[str, np.ndarray]]
@@ -16,7 +16,7 @@ Batches = list[dict[str, np.ndarray]]
 def improve(model: ir.Model, batches: Batches) -> correct.Corrected:
     plan, ranges = graphs.planned(model, *batches)
     means = observe(model, plan.tensors, iter(batches), bias.channels(model, plan)).means
-    return correct.improve(model, plan, ranges, means, X86_VNNI, batches)
+    return correct.improve(model, plan, ranges, means, PORTABLE, batches)
 
 
 def gemm(columns: int = 4) -> ir.Model:
