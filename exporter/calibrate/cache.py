@@ -1,0 +1,255 @@
+"""Nothing lost: the statistics of each chunk, on disk as soon as they are made, and taken from there the next time.
+
+The next run reads the data again, hashes every batch, and runs the model only on chunks that it has no statistics of.
+
+    key of a run   = SHA-256(layout of this file, packlight, ONNX Runtime, numpy, the CPU as ONNX Runtime sees it,
+                             the recipe's [calibrate], tensors, channels, bytes of the graph)
+    key of a chunk = SHA-256(key of the run, number of its first batch, digest of each of its batches)
+
+So a file can only be found by the same model, recipe and data, with the same libraries, on the same kind of CPU:
+what comes from disk is, bit for bit, what running the model would give. Versions and CPU are in the key because another
+one may sum floats in another order, and the last bits of a range would then depend on which run was interrupted.
+
+A file is `MAGIC`, the SHA-256 of all that follows it, the chunk's key, the statistics. It is written under another name and
+renamed. Files stay when an export has finished, for the next export of the same model most often differs in its budget or its
+held-out data alone; when all of them take more than LIMIT_BYTES the ones that were used longest ago go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from exporter import graph
+from exporter.batches import Batch, digest
+from exporter.calibrate import statistics
+from exporter.calibrate.statistics import Statistics
+from runtime import cpu
+
+ObserveChunk = Callable[[Sequence[Batch], int], Statistics]
+Note = Callable[[str], None]
+
+MAGIC = b"packlight statistics 1\n"
+SUFFIX = ".statistics"
+DIGEST_BYTES = 32
+LIMIT_BYTES = 1 << 30
+LOOK_EVERY_BYTES = LIMIT_BYTES // 16  # how much may be written before the folder's size is looked at again
+LEFT_BEHIND_SECONDS = 3600  # a temporary file this old is one of a process that was killed
+VARIABLE = "PACKLIGHT_CACHE"
+OFF = "off"
+
+
+def place(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path | None:
+    """The folder of the cache: PACKLIGHT_CACHE, else the user's cache folder of this system; None where it is "off"."""
+    given = environment.get(VARIABLE, "")
+    if given:
+        return None if given == OFF else Path(given) / "calibration"
+    if system == "darwin":
+        user = Path.home() / "Library" / "Caches"
+    elif system == "win32":
+        user = Path(environment.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        xdg = environment.get("XDG_CACHE_HOME", "")  # its rule: a path that is not absolute is as good as none
+        user = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    return user / "packlight" / "calibration"
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that compute statistics."""
+    return {"packlight": metadata.version("packlight"), "onnxruntime": ort.__version__, "numpy": np.__version__}
+
+
+def kind_of_cpu() -> str:
+    """What decides which float kernels run here: system, machine, and the extensions that ONNX Runtime asks for."""
+    return " ".join([sys.platform, platform.machine(), *cpu.flags()])
+
+
+def run_key(
+    model: ir.Model,
+    tensors: Sequence[str],
+    channels: Sequence[tuple[str, int]],
+    table: Mapping[str, Any],
+    cpus: Sequence[str] = (),
+) -> bytes:
+    """What the statistics of a batch depend on, besides the batch.
+
+    Args:
+        model: the prepared graph.
+        tensors, channels: as for `observe`.
+        table: the recipe's [calibrate], as JSON has it (`recipe.calibrate.model_dump(mode="json")`).
+        cpus: kinds of the CPUs that compute; this one if none is given.
+    """
+    asked = {
+        "layout": MAGIC.decode(),
+        "versions": versions(),
+        "cpus": sorted(cpus) or [kind_of_cpu()],
+        "calibrate": dict(table),
+        "tensors": list(tensors),
+        "channels": [list(key) for key in channels],
+    }
+    return _hash(json.dumps(asked, sort_keys=True, allow_nan=False).encode(), graph.to_bytes(model))
+
+
+def chunk_key(run: bytes, batches: Sequence[Batch], start: int) -> str:
+    """The name under which the statistics of these batches, of which the first has the number `start`, are kept."""
+    return _hash(run, str(start).encode(), *(digest(batch).encode() for batch in batches)).hex()
+
+
+def read(folder: Path, key: str, note: Note) -> Statistics | None:
+    """The statistics of a chunk; None where there are none, or the file is not what was written, of which `note` hears."""
+    path = folder / (key + SUFFIX)
+    try:
+        content = path.read_bytes()
+        head, check, body = content[: len(MAGIC)], len(MAGIC), len(MAGIC) + DIGEST_BYTES
+        if head != MAGIC:
+            raise ValueError("not statistics of this version of packlight")
+        if hashlib.sha256(content[body:]).digest() != content[check:body]:
+            raise ValueError("truncated, or changed on disk")
+        if content[body : body + DIGEST_BYTES].hex() != key:
+            raise ValueError("the statistics of other data")
+        found = statistics.from_bytes(content[body + DIGEST_BYTES :])
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # what is there may be anything; the model runs again then, and the file is replaced
+        note(f"calibration cache: {path} is ignored: {str(error) or type(error).__name__}")
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # used now: evicted last
+    return found
+
+
+def write(folder: Path, key: str, made: Statistics) -> int:
+    """Keep the statistics of a chunk: written under another name, then renamed. Returns the file's size in bytes.
+
+    Raises:
+        OSError: the disk is full, or not ours to write to.
+    """
+    body = bytes.fromhex(key) + statistics.to_bytes(made)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # statistics tell something about the data
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+    try:
+        with open(handle, "wb") as file:
+            file.write(MAGIC + hashlib.sha256(body).digest() + body)
+        os.replace(name, folder / (key + SUFFIX))
+    except BaseException:  # Ctrl-C too
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    return len(MAGIC) + DIGEST_BYTES + len(body)
+
+
+def evict(folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Remove what was used longest ago until `limit_bytes` are left, and what killed processes left behind.
+
+    Another process may do the same at the same time: a file that is gone already is fine.
+    """
+    kept: list[tuple[float, int, Path]] = []
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                if path.suffix == SUFFIX:
+                    kept.append((stat.st_mtime, stat.st_size, path))
+                elif path.suffix == ".tmp" and time.time() - stat.st_mtime > LEFT_BEHIND_SECONDS:
+                    path.unlink()
+    total = sum(size for _, size, _ in kept)
+    for _, size, path in sorted(kept):
+        if total <= limit_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
+
+
+class Remembered:
+    """`observe_chunk` that looks on disk first, and writes what it had to make. It is called in its place.
+
+    taken: batches whose statistics came from disk. kept: batches whose statistics are on disk now; a run that is
+    interrupted loses the others.
+    """
+
+    def __init__(self, observe_chunk: ObserveChunk, run: bytes, folder: Path | None, note: Note) -> None:
+        self.taken = self.kept = 0
+        self._observe, self._run, self._folder, self._note = observe_chunk, run, folder, note
+        self._written = 0
+        if folder is not None:
+            evict(folder)
+
+    def __call__(self, batches: Sequence[Batch], start: int) -> Statistics:
+        """Statistics of one chunk of batches, of which the first has the number `start`."""
+        if self._folder is None:
+            return self._observe(batches, start)
+        key = self.key(batches, start)
+        found = self.look(key, len(batches))
+        if found is None:
+            found = self._observe(batches, start)
+            self.keep(key, found, len(batches))
+        return found
+
+    def key(self, batches: Sequence[Batch], start: int) -> str:
+        """The name of these batches' statistics."""
+        return chunk_key(self._run, batches, start)
+
+    def look(self, key: str, batches: int) -> Statistics | None:
+        """What is on disk under `key`, the statistics of that many batches."""
+        found = read(self._folder, key, self._note) if self._folder is not None else None
+        if found is not None:
+            self.taken += batches
+            self.kept += batches
+        return found
+
+    def keep(self, key: str, made: Statistics, batches: int) -> None:
+        """Write the statistics of that many batches. A disk that is full ends the cache, and not the calibration."""
+        if self._folder is None:
+            return
+        try:
+            self._written += write(self._folder, key, made)
+        except OSError as error:
+            self._note(f"calibration cache: {self._folder}: {error.strerror or error}; nothing more is kept of this run")
+            self._folder = None
+            return
+        self.kept += batches
+        if self._written > LOOK_EVERY_BYTES:
+            evict(self._folder)
+            self._written = 0
+
+    def interrupted(self) -> str:
+        """What to tell someone who pressed Ctrl-C."""
+        if self._folder is None and not self.kept:
+            return "interrupted; the calibration cache is off, so no batch is kept"
+        return f"interrupted; {self.kept} batches are kept, run again to go on"
+
+
+def remembered(observe_chunk: ObserveChunk, run: bytes, folder: Path | None, note: Note = lambda text: None) -> Remembered:
+    """`observe_chunk` with a memory: what it has seen, in this process or in one that was killed, is not run again.
+
+    Args:
+        observe_chunk: of `observer`: the batches of a chunk and the number of its first -> Statistics.
+        run: `run_key`.
+        folder: where to keep statistics: `place()`; None keeps nothing.
+        note: told of files that are ignored, and of a disk that is full.
+    """
+    return Remembered(observe_chunk, run, folder, note)
+
+
+def _hash(*parts: bytes) -> bytes:
+    """SHA-256 over parts and their lengths: other parts, or cut otherwise, are another hash."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "big"))
+        sha.update(part)
+    return sha.digest()
