@@ -1,14 +1,16 @@
 """What people have -> batches {input: array}, checked against the inputs of a graph.
 
 A batch is what one call of the model takes. Sources: any iterable of dicts, tuples or single arrays and tensors (a
-torch DataLoader is one), `.npz` and `.npy` files, and folders of them. Everything streams: an iterable is read once.
+torch DataLoader is one), `.npz` and `.npy` files, and folders of them; pictures, text and tables become such an iterable
+in exporter.data. Everything streams: an iterable is read once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence, Sized
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +194,13 @@ def _check_dimensions(batch: Batch, tensors: Sequence[Tensor], where: str, numbe
 
 
 def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array:
-    array = as_array(value, tensor.name)
     what = f"{where}: input {tensor.name!r}"
+    try:
+        array = as_array(value, tensor.name)
+    except CalibrationError as error:
+        raise CalibrationError(
+            what, found=error.found, expected=error.expected, tensor=tensor.name, batch=number
+        ) from error
     if array.dtype != np.dtype(tensor.dtype):
         raise CalibrationError(
             what,
@@ -242,8 +249,8 @@ class Split:
 
     def __init__(self, calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> None:
         self.random = any(isinstance(given, str) and given == RANDOM for given in (calibration, heldout))
-        sized = isinstance(calibration, Sized) and not isinstance(calibration, str)
-        self.total = len(calibration) if sized else None
+        # a stream of files knows how many there are, not how many it will skip; a generator knows nothing
+        self.total = None if isinstance(calibration, str | Path) else operator.length_hint(calibration, 0) or None
         self.first, self._stream = peek(read(calibration, tensors, "calibration"), "calibration")
         self._heldout: Iterator[Batch] | None = None
         if heldout is not None:
