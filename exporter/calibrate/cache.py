@@ -3,7 +3,7 @@
 The next run reads the data again, hashes every batch, and runs the model only on chunks that it has no statistics of.
 
     key of a run   = SHA-256(layout of this file, packlight, ONNX Runtime, numpy, the CPU as ONNX Runtime sees it,
-                             the recipe's [calibrate], tensors, channels, bytes of the graph)
+                             the recipe's [calibrate], what is asked for, the bytes of the graph)
     key of a chunk = SHA-256(key of the run, number of its first batch, digest of each of its batches)
 
 So a file can only be found by the same model, recipe and data, with the same libraries, on the same kind of CPU:
@@ -37,10 +37,10 @@ import onnxruntime as ort
 from exporter import graph
 from exporter.batches import Batch, digest
 from exporter.calibrate import statistics
+from exporter.calibrate.observe import ObserveChunk
 from exporter.calibrate.statistics import Statistics
 from runtime import cpu
 
-ObserveChunk = Callable[[Sequence[Batch], int], Statistics]
 Note = Callable[[str], None]
 
 MAGIC = b"packlight statistics 1\n"
@@ -82,6 +82,7 @@ def run_key(
     model: ir.Model,
     tensors: Sequence[str],
     channels: Sequence[tuple[str, int]],
+    histograms: bool,
     table: Mapping[str, Any],
     cpus: Sequence[str] = (),
 ) -> bytes:
@@ -89,7 +90,7 @@ def run_key(
 
     Args:
         model: the prepared graph.
-        tensors, channels: as for `observe`.
+        tensors, channels, histograms: as for `observe`.
         table: the recipe's [calibrate], as JSON has it (`recipe.calibrate.model_dump(mode="json")`).
         cpus: kinds of the CPUs that compute; this one if none is given.
     """
@@ -100,6 +101,7 @@ def run_key(
         "calibrate": dict(table),
         "tensors": list(tensors),
         "channels": [list(key) for key in channels],
+        "histograms": histograms,
     }
     return _hash(json.dumps(asked, sort_keys=True, allow_nan=False).encode(), graph.to_bytes(model))
 
@@ -122,7 +124,7 @@ def read(folder: Path, key: str, note: Note) -> Statistics | None:
         if content[body : body + DIGEST_BYTES].hex() != key:
             raise ValueError("the statistics of other data")
         found = statistics.from_bytes(content[body + DIGEST_BYTES :])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # what is there may be anything; the model runs again then, and the file is replaced
         note(f"calibration cache: {path} is ignored: {str(error) or type(error).__name__}")
@@ -219,7 +221,9 @@ class Remembered:
         try:
             self._written += write(self._folder, key, made)
         except OSError as error:
-            self._note(f"calibration cache: {self._folder}: {error.strerror or error}; nothing more is kept of this run")
+            self._note(
+                f"calibration cache: {self._folder}: {error.strerror or error}; nothing more is kept of this run"
+            )
             self._folder = None
             return
         self.kept += batches
@@ -234,7 +238,9 @@ class Remembered:
         return f"interrupted; {self.kept} batches are kept, run again to go on"
 
 
-def remembered(observe_chunk: ObserveChunk, run: bytes, folder: Path | None, note: Note = lambda text: None) -> Remembered:
+def remembered(
+    observe_chunk: ObserveChunk, run: bytes, folder: Path | None, note: Note = lambda text: None
+) -> Remembered:
     """`observe_chunk` with a memory: what it has seen, in this process or in one that was killed, is not run again.
 
     Args:
