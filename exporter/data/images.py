@@ -29,16 +29,21 @@ def _is_side(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
-def _resize(value: Any) -> Any:
+def _pair(value: Any, one: str) -> Any:
     if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_side, value)):
         return tuple(value)
     if value is None or _is_side(value):
         return value
-    refuse("pixels of the shorter side, or [height, width]")
+    refuse(f"{one}, or [height, width]")
+
+
+def _resize(value: Any) -> Any:
+    return _pair(value, "pixels of the shorter side")
 
 
 def _crop(value: Any) -> Any:
-    return (value, value) if _is_side(value) else _resize(value)
+    found = _pair(value, "pixels of a square's side")
+    return (found, found) if isinstance(found, int) else found
 
 
 def _fraction(value: Any) -> Any:
