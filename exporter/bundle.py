@@ -20,12 +20,12 @@ from exporter import mobile, ort_format
 from exporter.batches import Array, Batch
 from exporter.errors import CalibrationError
 from exporter.mobile import Usability
-from exporter.ort_format import OrtModel
+from exporter.ort_format import OrtModel, Proof
 from exporter.recipe import Probe as ProbeLimits
 from exporter.target import Target
 from runtime import drift
 from runtime import manifest as manifests
-from runtime.bundle import load
+from runtime.bundle import Bundle, verify
 from runtime.drift import Drift
 from runtime.errors import BundleError
 from runtime.kernels import Kernels, trace
@@ -72,11 +72,12 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """What ships: the models' bytes; for phones, where they were asked for, the .ort file and {file: who would take it}."""
+    """What ships: the models' bytes; for phones, where they were asked for, the .ort file, its proof, {file: who would take it}."""
 
     fp32: bytes
     int8: bytes
     phone: OrtModel | None
+    proof: Proof | None
     mobile: Mapping[str, tuple[Usability, ...]]
 
 
@@ -87,11 +88,11 @@ def models(fp32: bytes, int8: bytes, probes: Sequence[Probe], target: Target, *,
         QuantizeError: see ort_format.prove.
     """
     if not ort:
-        return Models(fp32=fp32, int8=int8, phone=None, mobile={})
+        return Models(fp32=fp32, int8=int8, phone=None, proof=None, mobile={})
     phone = ort_format.convert(int8, target.session, target.name)
-    ort_format.prove(phone, int8, [probe.inputs for probe in probes], target.session, target.name)
+    proof = ort_format.prove(phone, int8, [probe.inputs for probe in probes], target.session, target.name)
     usable = {manifests.INT8: mobile.judge(int8), manifests.FP32: mobile.judge(fp32)}
-    return Models(fp32=fp32, int8=int8, phone=phone, mobile=usable)
+    return Models(fp32=fp32, int8=int8, phone=phone, proof=proof, mobile=usable)
 
 
 def record(
@@ -224,7 +225,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 def _require_loadable(folder: Path, out: Path) -> None:
     try:
-        load(folder, threads=THREADS)
+        Bundle(folder, verify(folder), threads=THREADS)  # without load's warning, which would name this hidden folder
     except BundleError as error:
         raise BundleError(
             f"{out}: not written, for the runtime could not load it",

@@ -97,8 +97,8 @@ def run(
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
     named = recipe or target
     limits = {
-        "max_size_bytes": given.size_bytes(max_size),
-        "max_ram_bytes": given.size_bytes(max_ram),
+        "max_size_bytes": given.size_bytes(max_size, "--max-size"),
+        "max_ram_bytes": given.size_bytes(max_ram, "--max-ram"),
         "min_integer_macs": min_integer_macs,
     }
     asked = load_recipe(named) if named else None

@@ -94,12 +94,12 @@ def _fault(function: Callable[..., Any], error: Exception) -> PacklightError:
     return PacklightError(f"{function.__name__}() of your file", found=f"{said} ({where})")
 
 
-def size_bytes(size: str | None) -> int | None:
+def size_bytes(size: str | None, flag: str) -> int | None:
     """6MB -> 6000000, 40MiB -> 41943040; a bare number is bytes."""
     if size is None:
         return None
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
-    if found is None or found[2].upper() not in units or float(found[1]) == 0:
-        raise RecipeError("size", found=repr(size), expected="a number above 0 with B, KB, MB, GB, KiB, MiB or GiB")
+    if found is None or found[2].upper() not in units or int(float(found[1]) * units[found[2].upper()]) < 1:
+        raise RecipeError(flag, found=repr(size), expected="a number above 0 with B, KB, MB, GB, KiB, MiB or GiB")
     return int(float(found[1]) * units[found[2].upper()])

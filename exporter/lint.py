@@ -105,7 +105,13 @@ def check(
         return tuple(_ort_domains(model))
     opened = _read(model) if isinstance(model, Path) else model
     entries = session if session is not None else target.session if target is not None else {}
-    layers = list(_layers(opened))
+    try:
+        layers = list(_layers(opened))
+    except IndexError as error:
+        raise QuantizeError(
+            str(model) if isinstance(model, Path) else "the model", found="a node with too few inputs",
+            expected="a valid ONNX model", do="see what onnx.checker says of it",
+        ) from error  # fmt: skip
     return (
         *_one_cpu(opened),
         *_minus_128(layers, target),
@@ -132,8 +138,10 @@ def require_sound(model: ir.Model, target: Target) -> None:
 def check_bundle(bundle: Bundle, target: Target | None) -> dict[str, tuple[Finding, ...]]:
     """{file name: findings} of a verified bundle's models; its .ort file is run on the probe's first batch."""
     folder, entries = bundle.path, bundle.manifest.session
+    if not (folder / manifests.INT8).is_file():  # the types and weights of an .ort file are those of its .onnx
+        return {manifests.ORT: check(folder / manifests.ORT)}
     found = {manifests.INT8: check(folder / manifests.INT8, target, entries)}
-    ort = folder / ort_format.ORT
+    ort = folder / manifests.ORT
     if ort.is_file():
         batch = bundle.probes()[0].inputs
         found[ort.name] = (

@@ -31,9 +31,9 @@ from exporter.errors import QuantizeError
 from exporter.quiet import quiet
 from runtime.errors import BundleError
 from runtime.kernels import LISTED, Kernels, trace
+from runtime.manifest import OPERATORS, ORT
 from runtime.session import ORT_ERRORS, open_session
 
-ORT, OPERATORS = "model.int8.ort", "required_operators_and_types.config"
 SIGNED_RUN_IN_INTEGERS = "session.qdqisint8allowed"
 # A multiple of every alignment that ONNX Runtime asks for in the file; tensors keep theirs when the model moves
 ALIGNMENT = 64

@@ -27,7 +27,7 @@ class Cost:
 class Target:
     """A CPU family.
 
-    machine: `platform.machine()` of its CPUs; empty where there are several.
+    machine: `runtime.cpu.machine()` of its CPUs; empty where there are several.
     pairs_in_int16: some of its CPUs add two u8·s8 products in int16, which saturates (vpmaddubsw, before VNNI); weights
         then keep the pair rule (exporter/correct/rounding.py).
     layers: op_types that hold the MACs; they run in integers wherever a kernel exists.
@@ -192,9 +192,9 @@ def facts(target: Target) -> tuple[Fact, ...]:
 
 def of(cpu: Cpu) -> Target:
     """The target that a CPU is: by its machine, and on x86 by what its kernels compute."""
-    if cpu.machine in ("aarch64", "arm64"):  # Linux, macOS
+    if cpu.machine == "aarch64":
         return ARM64
-    if cpu.machine not in ("x86_64", "AMD64"):  # Linux and macOS, Windows
+    if cpu.machine != "x86_64":
         return PORTABLE
     return X86_AVX2 if cpu.pairs_in_int16 else X86_VNNI if any("vnni" in flag for flag in cpu.flags) else PORTABLE
 

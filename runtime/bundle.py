@@ -66,7 +66,7 @@ def load(
     threads: int | None = None,
     providers: Sequence[str] | None = None,
     *,
-    ort: bool = False,
+    ort: bool | None = None,
     strict: bool = False,
 ) -> Bundle:
     """Verify a bundle and open its int8 model. Warns where this CPU's kernels saturate on its weights (see risk()).
@@ -75,7 +75,7 @@ def load(
         path: the bundle's folder.
         threads: of one operator; None is ONNX Runtime's choice.
         providers: execution providers, first choice first; None is the CPU alone.
-        ort: open model.int8.ort, the phone's file, in place of model.int8.onnx.
+        ort: open model.int8.ort, the phone's file, or model.int8.onnx; None opens the latter where both are there.
         strict: refuse where it would only warn.
 
     Raises:
@@ -114,19 +114,14 @@ class Bundle:
         threads: int | None = None,
         providers: Sequence[str] | None = None,
         *,
-        ort: bool = False,
+        ort: bool | None = None,
     ) -> None:
         self.path, self.manifest, self.threads = path, manifest, threads
-        self.model = model = path / (manifests.ORT if ort else manifests.INT8)
-        if ort and manifests.ORT not in manifest.files:
-            _refuse(model, found="nothing", expected="the phone's file", do="export with --ort")
-        if not model.exists():  # the other form is there: verify() saw to it
-            do = "copy that file too, or leave --ort off" if ort else "copy that file too, or open the .ort: --ort, ort=True"
-            _refuse(model, found="nothing", expected="the int8 model in this form", do=do)
+        self.model = model = int8_model(path, manifest, ort)
         try:
             self._session = open_session(model, threads=threads, providers=providers, entries=manifest.session)
         except BundleError as error:
-            if not ort:
+            if model.name != manifests.ORT:
                 raise
             from runtime.ort_format import refusal  # here: `import runtime` need not load it
 
@@ -136,6 +131,11 @@ class Bundle:
         _agree(model, "output", self._session.get_outputs(), manifest.outputs)
         self._inputs = [(tensor.name, np.dtype(tensor.dtype), tensor) for tensor in manifest.inputs]
         self._outputs = [tensor.name for tensor in manifest.outputs]
+
+    @property
+    def form(self) -> str:
+        """Which form of the int8 model is open: "onnx" or "ort"."""
+        return self.model.suffix[1:]
 
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, name={self.manifest.name!r}, target={self.manifest.target!r})"
@@ -195,6 +195,24 @@ class Bundle:
             )
             for probe in read_probe(file)
         )
+
+
+def int8_model(folder: Path, manifest: Manifest, ort: bool | None = None) -> Path:
+    """The int8 model of a verified bundle, in the form that is asked for, or that is there: the .onnx first.
+
+    Raises:
+        BundleError: the form that was asked for is not there.
+    """
+    if ort is None:
+        ort = not (folder / manifests.INT8).exists()
+    model = folder / (manifests.ORT if ort else manifests.INT8)
+    if ort and manifests.ORT not in manifest.files:
+        _refuse(model, found="nothing", expected="the phone's file", do="export with --ort")
+    if not model.exists():
+        _refuse(
+            model, found="nothing", expected="the int8 model in this form", do="copy that file too, or use the other"
+        )
+    return model
 
 
 def _may_be_left_off(name: str, present: Sequence[str]) -> bool:

@@ -37,7 +37,12 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, as packlight export wrote it.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator; ONNX Runtime's choice by default.")]
-Ort = Annotated[bool, typer.Option("--ort", help="Run model.int8.ort, the phone's file, in place of the .onnx.")]
+Ort = Annotated[
+    bool | None,
+    typer.Option(
+        "--ort/--onnx", help="Run model.int8.ort, the phone's file, or the .onnx, which is the default if it is there."
+    ),
+]
 Share = Annotated[
     float | None,
     typer.Option(
@@ -56,6 +61,9 @@ def main(args: list[str] | None = None) -> None:
     warnings.showwarning = _warn  # type: ignore[assignment]  # it is called with places, which we do not name
     try:
         app(args, prog_name="packlight")
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted: found Ctrl-C; run it again", err=True)
+        raise SystemExit(2) from None
     except (PacklightError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
@@ -101,7 +109,7 @@ def check(
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the verdict as JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as Markdown.")] = None,
     min_integer_macs: Share = None,
-    ort: Ort = False,
+    ort: Ort = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a bundle whose weights saturate in this CPU's kernels.")
     ] = False,
@@ -127,10 +135,11 @@ def bench(
     bundle: Folder,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one operator.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each model, taken in turn.")] = 30,
+    ort: Ort = None,
     as_json: Json = False,
 ) -> None:
     """Time int8 against FP32 on the probe's first batch: medians, taken in turn in one run."""
-    opened = load(bundle, threads)
+    opened = load(bundle, threads, ort=ort)
     timing = measure(opened, rounds)
     if as_json:
         typer.echo(canonical(timing), nl=False)
@@ -143,11 +152,12 @@ def run(
     bundle: Folder,
     inputs: Annotated[Path, typer.Argument(metavar="INPUTS.npz", help="One array per input, under its name.")],
     out: Annotated[Path | None, typer.Option(metavar="OUT.npz", help="Write the outputs, each under its name.")] = None,
+    ort: Ort = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Run the int8 model on one batch of inputs."""
-    outputs = load(bundle, threads).run(read_arrays(inputs))
+    outputs = load(bundle, threads, ort=ort).run(read_arrays(inputs))
     if out is not None:
         write_arrays(out, outputs)
     if as_json:
@@ -162,7 +172,7 @@ def explain(
         Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder; or an .onnx or .ort with --inputs.")
     ],
     min_integer_macs: Share = None,
-    ort: Ort = False,
+    ort: Ort = None,
     target: Annotated[
         str | None,
         typer.Option("--as", metavar="TARGET", help="Forecast another CPU, as x86-avx2. Needs packlight\\[export]."),
@@ -173,13 +183,17 @@ def explain(
 ) -> None:
     """Show every node: the kernel that ran, its types, time and MACs, and why the plan chose so."""
     if target is not None:
-        if ort or min_integer_macs is not None:
-            raise typer.BadParameter("--as forecasts the .onnx file, and takes neither --ort nor --min-integer-macs")
+        if ort is not None or min_integer_macs is not None or threads is not None:
+            raise typer.BadParameter("--as is a forecast: it takes neither --ort, --min-integer-macs nor --threads")
         given = [] if inputs is None else ["--inputs", str(inputs)]
         return forward("forecast", [str(bundle), "--as", target, *given, *(["--json"] if as_json else [])])
     if bundle.is_dir():
+        if inputs is not None:
+            raise typer.BadParameter("a bundle has inputs of its own: --inputs is for a bare .onnx or .ort")
         explanation = explain_bundle(load(bundle, threads, ort=ort))
     else:
+        if ort is not None:
+            raise typer.BadParameter("--ort and --onnx are for a bundle: a file has one form")
         explanation = explain_file(bundle, read_arrays(_required(inputs, bundle)), threads)
     if as_json:
         typer.echo(canonical(explanation), nl=False)
@@ -205,6 +219,9 @@ def forward(command: str, args: list[str]) -> None:
             raise ImportError(f"no entry point {command} in {COMMANDS}")
         apply = found[0].load()
     except ImportError as error:
+        if error.name and error.name.split(".")[0] in ("exporter", "runtime") and found:
+            raise  # a fault of ours, and not of what is installed
+        named = "explain --as" if command == "forecast" else command
         do = f"pip install 'packlight[{'demo' if command == 'demo' else 'export'}]'"
-        raise PacklightError(f"packlight {command} is not installed here", found=str(error), do=do) from error
+        raise PacklightError(f"packlight {named} is not installed here", found=str(error), do=do) from error
     apply(args, prog_name=f"packlight {command}")

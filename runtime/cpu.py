@@ -11,6 +11,7 @@ from runtime.session import open_session
 
 # Extensions that decide which int8 kernels ONNX Runtime picks, in Linux's words
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+FAMILIES = {"AMD64": "x86_64", "amd64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}  # Windows's and macOS's words
 # MatMulInteger, a: uint8 [16, 16], b: int8 [16, 16], y: int32 [16, 16], opset 10, as ONNX stores it
 MATMUL_INTEGER = bytes.fromhex(
     "08043a5c0a180a01610a0162120179220d4d61744d756c496e74656765721201675a130a0161120e0a0c080212080a0208100a0208105a13"
@@ -22,7 +23,7 @@ MATMUL_INTEGER = bytes.fromhex(
 class Cpu:
     """A CPU as ONNX Runtime uses it.
 
-    name, machine: as the system tells them ("x86_64", "aarch64"). flags: those of FLAGS that the system lists; none where
+    name: as the system tells it. machine: see machine(). flags: those of FLAGS that the system lists; none where
         it lists none (only Linux does).
     pairs_in_int16: measured: the u8·s8 kernels that run here add pairs of products in int16, which saturates. Weights
         that do not keep the pair rule then give other outputs, without an error.
@@ -36,7 +37,12 @@ class Cpu:
 
 def read() -> Cpu:
     """This CPU. Takes some milliseconds: one product of two 16x16 matrices is run."""
-    return Cpu(name=name(), machine=platform.machine(), flags=flags(), pairs_in_int16=pairs_in_int16())
+    return Cpu(name=name(), machine=machine(), flags=flags(), pairs_in_int16=pairs_in_int16())
+
+
+def machine() -> str:
+    """The family of this CPU, by one name on every system: "x86_64", "aarch64"."""
+    return FAMILIES.get(platform.machine(), platform.machine())
 
 
 def pairs_in_int16() -> bool:

@@ -11,13 +11,12 @@ import onnxruntime as ort
 
 from runtime import drift as drifts
 from runtime import manifest as manifests
-from runtime import memory
 from runtime.bundle import Bundle, risk
-from runtime.drift import Drift
+from runtime.drift import Drift, OutputDrift
 from runtime.errors import DriftExceeded, PacklightError
 from runtime.kernels import kernels
-from runtime.manifest import Budget, canonical
-from runtime.session import open_session
+from runtime.manifest import Budget, Machine, canonical
+from runtime.session import PROVIDERS, open_session
 
 if TYPE_CHECKING:
     from runtime.cpu import Cpu
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 # A device error of 0.7 quantization errors: healthy CPUs had at most 0.68, ones that saturate 5.4 in the median
 Q_LIMIT = 0.7
+# Two orders of summation in float32 agree to more than this (exporter/proof.py holds graphs to less)
+FLOAT_NOISE_DB = 100.0
 # The same file with the integer kernels left out: what is between DequantizeLinear and QuantizeLinear runs in float
 IN_FLOAT = {"session.disable_quant_qdq": "1"}
 
@@ -47,10 +48,11 @@ class Line:
 class Verdict:
     """Whether a bundle meets its budget here, and every number behind it.
 
+    model: which file of the bundle ran. recorded_on: the CPU that device is compared with.
     integer_macs: share, 0..1, of the MACs in integer kernels here.
     drift: int8 here against the recorded FP32: what a user of this device gets. It is made of three errors:
     quantization: int8 as recorded at export against FP32: what rounding costs.
-    kernel: int8 here against the same file here with Q/DQ computed in float: what this CPU's integer kernels make of it.
+    kernel: int8 here against model.int8.onnx here with Q/DQ computed in float: what this CPU's integer kernels make of it.
         None where that file is not in the bundle.
     device: int8 here against int8 as recorded at export: what another CPU, or another ONNX Runtime, changes.
     q: {output: rms(here - recorded) / rms(recorded - FP32)}: the device error in units of the quantization error.
@@ -59,6 +61,7 @@ class Verdict:
     """
 
     met: bool
+    model: str
     lines: tuple[Line, ...]
     integer_macs: float
     drift: Drift
@@ -68,6 +71,7 @@ class Verdict:
     q: Mapping[str, float]
     exact: bool
     cpu: Cpu
+    recorded_on: Machine
     onnxruntime: str
     notes: tuple[str, ...]
 
@@ -88,12 +92,12 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
 
     Needs neither exporter nor FP32 model. The limits on the device error hold for every bundle:
 
-        device_q NAME   at most Q_LIMIT: another CPU may round otherwise, but not by more than quantization did
-        exact NAME      1, on the machines that the manifest lists in exact_on (x86 from AVX2 up)
+        device_q NAME   at most Q_LIMIT: another CPU may round otherwise, but not by more than quantization did; float outputs
+        exact NAME      1, on the machines that the manifest lists in exact_on (x86 from AVX2 up), by the same ONNX Runtime
 
     Args:
         bundle: as loaded.
-        min_integer_macs: a share, 0..1, to ask for in place of the budget's.
+        min_integer_macs: a share, 0..1, to ask for; the budget's where that is larger.
     """
     from runtime import cpu  # here: `import runtime` need not make its class
 
@@ -101,20 +105,23 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
     here = [bundle.run(probe.inputs) for probe in probes]
     recorded, fp32 = [probe.int8 for probe in probes], [probe.fp32 for probe in probes]
     quantization, device = _between(fp32, recorded), _between(recorded, here)
-    drift, q = _between(fp32, here), _q(device, quantization)
+    drift, q = _between(fp32, here), relative(device, quantization)
     integer_macs = kernels(bundle, probes[0].inputs).integer_macs
-    asked = about.budget if min_integer_macs is None else replace(about.budget, min_integer_macs=min_integer_macs)
+    floats = {tensor.name for tensor in about.outputs if tensor.dtype.startswith("float")}
+    least = max(min_integer_macs or 0.0, about.budget.min_integer_macs or 0.0) or None
+    asked = replace(about.budget, min_integer_macs=least)
     lines = (
         *limits(asked, drift, integer_macs, _size(bundle), _ram(bundle)),
-        *(line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items()),
+        *(line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items() if name in floats),
         *(
             line(f"exact {output.name}", float(output.max_abs == 0), 1.0)
             for output in device.outputs
-            if _promised_exact(about.exact_on, here_cpu)
+            if _promised_exact(bundle, here_cpu)
         ),
     )
     return Verdict(
         met=all(each.met for each in lines),
+        model=bundle.model.name,
         lines=lines,
         integer_macs=integer_macs,
         drift=drift,
@@ -124,6 +131,7 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
         q=q,
         exact=all(output.max_abs == 0 for output in device.outputs),
         cpu=here_cpu,
+        recorded_on=about.recorded_on,
         onnxruntime=ort.__version__,
         notes=tuple(_notes(bundle, here_cpu)),
     )
@@ -181,6 +189,9 @@ def junit(verdict: Verdict, name: str) -> str:
         f'    <property name="worst_snr_db" value="{worst:.6g}"/>\n'
         f'    <property name="exact" value="{str(verdict.exact).lower()}"/>\n'
         f'    <property name="device_q" value="{max(verdict.q.values(), default=0.0):.6g}"/>\n'
+        f'    <property name="model" value="{escape(verdict.model)}"/>\n'
+        f'    <property name="cpu" value="{escape(here(verdict))}"/>\n'
+        f'    <property name="recorded_on" value="{escape(_machine(verdict.recorded_on))}"/>\n'
         f"  </properties>\n{cases}</testsuite>\n"
     )
 
@@ -219,7 +230,7 @@ def markdown(verdict: Verdict, name: str) -> str:
                 for name, snr, meaning in errors(verdict)
             ),
             "",
-            f"{_cell(verdict.cpu.name)}, onnxruntime {verdict.onnxruntime}",
+            f"{verdict.model} on {_cell(here(verdict))}",
             *(f"- {note}" for note in verdict.notes),
             "",
         ]
@@ -241,6 +252,16 @@ def errors(verdict: Verdict) -> tuple[tuple[str, str, str], ...]:
 def number(value: float) -> str:
     """Six digits, or all of them where they are bytes: a size as a power of ten cannot be read."""
     return f"{value:.6g}" if abs(value) < 1e6 or math.isinf(value) else f"{value:,.0f}"
+
+
+def here(verdict: Verdict) -> str:
+    """Where a verdict is from: the CPU, its flags that matter, the version of ONNX Runtime."""
+    cpu = verdict.cpu
+    return f"{cpu.name}, {' '.join([cpu.machine, *cpu.flags])}, onnxruntime {verdict.onnxruntime}"
+
+
+def _machine(recorded_on: Machine) -> str:
+    return " ".join([recorded_on.machine, *recorded_on.flags])
 
 
 def device_text(verdict: Verdict) -> str:
@@ -267,15 +288,29 @@ def _between(reference: Sequence[Mapping[str, Array]], candidate: Sequence[Mappi
     return drifts.measure(zip(reference, candidate, strict=True))
 
 
-def _q(device: Drift, quantization: Drift) -> dict[str, float]:
-    """{output: rms of the device error / rms of the quantization error}: 0 without a device error, inf where only it is."""
-    pairs = zip(device.outputs, quantization.outputs, strict=True)
-    return {d.name: d.rms / q.rms if d.rms and 0 < q.rms < math.inf else (math.inf if d.rms else 0.0) for d, q in pairs}
+def relative(device: Drift, quantization: Drift) -> dict[str, float]:
+    """{output: rms of the device error / rms of the quantization error}.
+
+    An error below FLOAT_NOISE_DB is none: 0. A quantization error below it counts as that much, so that an output which was
+    hardly quantized is not judged by float's own rounding. inf where the output is not finite, or only here not zero.
+    """
+    return {d.name: _ratio(d, q) for d, q in zip(device.outputs, quantization.outputs, strict=True)}
 
 
-def _promised_exact(machines: Sequence[str], here: Cpu) -> bool:
+def _ratio(device: OutputDrift, quantization: OutputDrift) -> float:
+    if device.snr_db >= FLOAT_NOISE_DB:
+        return 0.0
+    noise = device.rms * 10 ** ((device.snr_db - FLOAT_NOISE_DB) / 20)  # rms of what was recorded, FLOAT_NOISE_DB below
+    unit = max(quantization.rms, noise if math.isfinite(noise) else 0.0)
+    return device.rms / unit if 0 < unit < math.inf and math.isfinite(device.rms) else math.inf
+
+
+def _promised_exact(bundle: Bundle, here: Cpu) -> bool:
     """Whether the outputs must have the recorded bits: on x86 from AVX2 up, for SSE's QLinearAdd rounds otherwise."""
-    return here.machine in machines and (not here.flags or here.machine != "x86_64" or "avx2" in here.flags)
+    about = bundle.manifest
+    same_kernels = bundle.providers == PROVIDERS and about.versions.get("onnxruntime", "") == ort.__version__
+    has_avx2 = not here.flags or here.machine != "x86_64" or "avx2" in here.flags
+    return here.machine in about.exact_on and same_kernels and has_avx2
 
 
 def _kernel_error(bundle: Bundle, probes: Sequence[Probe], here: Sequence[Mapping[str, Array]]) -> Drift | None:
@@ -295,7 +330,11 @@ def _size(bundle: Bundle) -> int:
 
 
 def _ram(bundle: Bundle) -> int | None:
-    return memory.peak_bytes(bundle) if bundle.manifest.budget.max_ram_bytes is not None else None
+    if bundle.manifest.budget.max_ram_bytes is None:
+        return None
+    from runtime.memory import peak_bytes  # here: `import runtime` need not load subprocess
+
+    return peak_bytes(bundle)
 
 
 def _notes(bundle: Bundle, here: Cpu) -> Iterator[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 
 from runtime.errors import BundleError
 
@@ -75,8 +76,8 @@ class Budget:
     max_abs: float | None = None
     min_same_top1: float | None = None
     min_integer_macs: float | None = None
-    max_size_bytes: float | None = None
-    max_ram_bytes: float | None = None
+    max_size_bytes: int | None = None
+    max_ram_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +264,10 @@ def _text(value: object, at: _Place) -> str:
 def _texts(value: object, at: _Place) -> tuple[str, ...]:
     if not isinstance(value, list):
         at.refuse(found=_kind(value), expected="a list")
-    return tuple(_text(each, at.item(number)) for number, each in enumerate(value))
+    texts = tuple(_text(each, at.item(number)) for number, each in enumerate(value))
+    if len(set(texts)) != len(texts):
+        at.refuse(found="one text twice", expected="each once")
+    return texts
 
 
 def _boolean(value: object, at: _Place) -> bool:
@@ -337,7 +341,9 @@ def _session(value: object, at: _Place) -> Mapping[str, str]:
 
 def _budget(value: object, at: _Place) -> Budget:
     table = _table(value, at, Budget)
-    limits = {name: _limit(limit, at.key(name)) for name, limit in table.items()}
+    limits: dict[str, Any] = {
+        name: (_bytes if name.endswith("_bytes") else _limit)(limit, at.key(name)) for name, limit in table.items()
+    }
     for name in ("min_same_top1", "min_integer_macs"):
         if (share := limits[name]) is not None and not 0 <= share <= 1:
             at.key(name).refuse(found=str(share), expected="a share in 0..1")
@@ -347,9 +353,15 @@ def _budget(value: object, at: _Place) -> Budget:
 def _limit(value: object, at: _Place) -> float | None:
     if value is None:
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     at.refuse(found=_kind(value), expected="a finite number or null")
+
+
+def _bytes(value: object, at: _Place) -> int | None:
+    if value is None or (_is_int(value) and 1 <= value < 2**63):
+        return value
+    at.refuse(found=_kind(value), expected="a whole number of bytes >= 1, or null")
 
 
 def _is_int(value: object) -> TypeGuard[int]:

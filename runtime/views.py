@@ -14,7 +14,7 @@ from rich.text import Text
 
 from runtime.bench import Timing
 from runtime.explain import Explanation
-from runtime.gate import Verdict, coverage, device_text, errors, number
+from runtime.gate import Verdict, coverage, device_text, errors, here, number
 from runtime.manifest import canonical
 
 if TYPE_CHECKING:
@@ -50,8 +50,12 @@ def verdict(value: Verdict, name: str) -> RenderableType:
         top1 = "" if o.same_top1 is None else _percent(o.same_top1)
         row = (f"{o.snr_db:.2f}", f"{o.cosine:.6f}", f"{o.max_abs:.4g}", top1, _percent(value.integer_macs))
         outputs.add_row(middle(o.name, 20), *row)
-    here = f"{value.cpu.name}, {value.cpu.machine} {' '.join(value.cpu.flags)}, onnxruntime {value.onnxruntime}"
-    return Group(*parts, outputs, Text(here), *(Text(f"note: {note}", style="yellow") for note in value.notes))
+    return Group(
+        *parts,
+        outputs,
+        Text(f"{value.model} on {here(value)}"),
+        *(Text(f"note: {note}", style="yellow") for note in value.notes),
+    )
 
 
 def _errors(value: Verdict) -> Table:

@@ -12,6 +12,7 @@ from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges
 from exporter.correct import bias, rounding
 from exporter.correct.rounding import Paired
+from exporter.errors import QuantizeError
 from exporter.place import Plan
 from exporter.qparams import Rounded
 from exporter.target import Target
@@ -61,11 +62,17 @@ def improve(
         batches: calibration batches to compare on; reported drift uses others.
 
     Raises:
-        QuantizeError: see `quantize.to_int8`.
+        QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
     """
     rounded, paired = rounding.under_pair_rule(model, plan) if target.pairs_in_int16 else ({}, ())
     plain = quantize.to_int8(model, plan, ranges, rounded)
     weights = quantize.weights(plain)
+    pair_rule = not _breaks_pair_rule(model, plan, weights)
+    if target.pairs_in_int16 and not pair_rule:
+        raise QuantizeError(
+            "the int8 weights", found="codes that break the pair rule", expected="codes that keep it",
+            do="report the model to us",
+        )  # fmt: skip
     expected = list(map(graph.runner(model), batches))
     before = _snr_db(plain, expected, batches)
     better = quantize.to_int8(bias.correct(model, plan, means, weights), plan, ranges, rounded)
@@ -74,7 +81,7 @@ def improve(
     tried = Correction(name="bias", before_db=before, after_db=after, kept=kept)
     return Corrected(
         int8=better if kept else plain,
-        pair_rule=not _breaks_pair_rule(model, plan, weights),
+        pair_rule=pair_rule,
         paired=paired,
         corrections=(tried,),
     )

@@ -62,7 +62,7 @@ def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, Rounded],
     effects: list[Paired] = []
     for node, value in paired_layers(model, plan):
         name, weight = value.name or "", graph.constant(value)
-        if weight is None:
+        if weight is None or name in rounded:  # shared by two layers: place lets one axis only be its channels
             continue
         rows = _rows(node, weight)
         codes, scale = fit(rows)

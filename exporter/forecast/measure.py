@@ -16,7 +16,7 @@ from exporter.forecast.layer import Clips
 from exporter.progress import Progress, Silent
 from runtime import drift
 from runtime import manifest as manifests
-from runtime.bundle import verify
+from runtime.bundle import int8_model, verify
 from runtime.drift import Drift
 from runtime.probe import read_probe
 from runtime.session import NO_ENTRIES
@@ -68,10 +68,9 @@ def of_bundle(path: Path, progress: Progress | None = None) -> Forecast:
         BundleError: the bundle is not to be trusted, or ONNX Runtime refuses its model.
         PacklightError: a layer can clip in a way that is not followed.
     """
-    entries = verify(path).session
-    probes = read_probe(path / manifests.PROBE)
+    about, probes = verify(path), read_probe(path / manifests.PROBE)
     pairs = ((probe.inputs, probe.fp32) for probe in probes)
-    return _measure(walk.cut(path / manifests.INT8, entries), pairs, len(probes), progress)
+    return _measure(walk.cut(int8_model(path, about), about.session), pairs, len(probes), progress)
 
 
 def of_model(

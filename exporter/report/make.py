@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -74,6 +73,8 @@ def make(
         fp32_bytes=len(models.fp32),
         int8_bytes=len(models.int8),
         ort_bytes=ort_bytes,
+        ort_integer_macs=models.proof.ort_integer_macs if models.proof is not None else None,
+        ort_batches=models.proof.batches if models.proof is not None else None,
         mobile=models.mobile,
         met=all(line.met for line in lines),
         lines=lines,
@@ -93,12 +94,18 @@ def manifest(
         outputs=graph.outputs(prepared.reference),
         files={},
         pair_rule=corrected.pair_rule,
-        exact_on=(platform.machine(),) if recorded.exact else (),
-        recorded_on=Machine(machine=platform.machine(), flags=cpu.flags()),
+        exact_on=_exact_on(corrected, recorded),
+        recorded_on=Machine(machine=cpu.machine(), flags=cpu.flags()),
         session=target.session,
         budget=_budget(recipe),
         versions=_versions(),
     )
+
+
+def _exact_on(corrected: Corrected, recorded: Recorded) -> tuple[str, ...]:
+    """This family of CPUs, where nothing depends on the order of a sum, and on x86 no kernel saturates."""
+    here = cpu.machine()
+    return (here,) if recorded.exact and (corrected.pair_rule or here != "x86_64") else ()
 
 
 def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, models: Models) -> dict[str, bytes]:

@@ -34,6 +34,11 @@ def render(report: Report) -> str:
     phone = "" if report.ort_bytes is None else f"; model.int8.ort {_bytes(report.ort_bytes)}"
     memory = "" if report.ram_bytes is None else f"; {_bytes(report.ram_bytes)} of memory to run it"
     lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}{phone}{memory}")
+    if report.ort_integer_macs is not None:
+        share = f"{_percent(report.ort_integer_macs)} of MACs in integer kernels"
+        lines += _row(
+            "phone", f"model.int8.ort: {share}, outputs equal the .onnx file's on {report.ort_batches} batches"
+        )
     for file, judged in report.mobile.items():
         lines += _row("phone", f"{file}: " + ", ".join(map(_usable, judged)))
     if report.timing is not None and report.timing.ratio is not None:

@@ -59,7 +59,8 @@ class Report:
     rewrites: {rewrite: times it matched} of the preparation.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
     repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
-    ort_bytes: size of the phone's file, where it was asked for; with it mobile: {file: what NNAPI and Core ML would take}.
+    ort_bytes: size of the phone's file, where it was asked for; with it the share of its MACs in integer kernels, on how many
+        batches its outputs had the bits of the .onnx file, and mobile: {file: what NNAPI and Core ML would take}.
 
     ram_bytes: what opening and running the model once adds to a process, where a limit asks for it; None like timing.
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
@@ -87,6 +88,8 @@ class Report:
     fp32_bytes: int
     int8_bytes: int
     ort_bytes: int | None
+    ort_integer_macs: float | None
+    ort_batches: int | None
     mobile: Mapping[str, tuple[Usability, ...]]
     met: bool
     lines: tuple[Line, ...]

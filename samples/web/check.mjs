@@ -45,7 +45,9 @@ export async function check(ort, bundle, { collect, say = () => {} }) {
   const integer = integerMacs(kernels);
   const lines = [
     ...limits(manifest.budget, drift, integer, bundle.model.length),
-    ...Object.entries(q).map(([name, found]) => ceiling(`device_q ${name}`, found, Q_LIMIT)),
+    ...Object.entries(q)
+      .filter(([name]) => manifest.outputs.find((output) => output.name === name).dtype.startsWith('float'))
+      .map(([name, found]) => ceiling(`device_q ${name}`, found, Q_LIMIT)),
     ...(manifest.exact_on.includes(MACHINE)
       ? device.outputs.map(({ name, max_abs: off }) => floor(`exact ${name}`, Number(off === 0), 1))
       : []),

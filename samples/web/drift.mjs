@@ -2,6 +2,9 @@
 
 import { Refusal } from './refusal.mjs';
 
+// Two orders of summation in float32 agree to more than this.
+const FLOAT_NOISE_DB = 100;
+
 /**
  * Drift of every output over all batches, with r the reference, c the candidate and e = r - c:
  *
@@ -29,10 +32,15 @@ export function measure(reference, candidate) {
 
 /**
  * {output: rms(here - recorded) / rms(recorded - fp32)}: the device error in units of the quantization error.
- * 0 without a device error, inf where only it is.
+ * An error below FLOAT_NOISE_DB is none, a quantization error below it counts as that much; inf where not finite.
  */
 export function deviceQ(device, quantization) {
-  const ratio = (d, q) => (d.rms && q.rms > 0 && q.rms < Infinity ? d.rms / q.rms : d.rms ? Infinity : 0);
+  const ratio = (d, q) => {
+    if (d.snr_db >= FLOAT_NOISE_DB) return 0;
+    const noise = d.rms * 10 ** ((d.snr_db - FLOAT_NOISE_DB) / 20);
+    const unit = Math.max(q.rms, Number.isFinite(noise) ? noise : 0);
+    return unit > 0 && unit < Infinity && Number.isFinite(d.rms) ? d.rms / unit : Infinity;
+  };
   return Object.fromEntries(device.outputs.map((d, at) => [d.name, ratio(d, quantization.outputs[at])]));
 }
 

@@ -170,6 +170,7 @@ function budget(value) {
     if (typeof limit !== 'number' || !Number.isFinite(limit)) {
       refuse(`budget.${name}`, limit, 'a finite number or null');
     }
+    if (name.endsWith('_bytes') && !(Number.isInteger(limit) && limit >= 1)) refuse(`budget.${name}`, limit, 'a whole number >= 1');
     if (SHARES.includes(name) && !(limit >= 0 && limit <= 1)) refuse(`budget.${name}`, limit, 'a share in 0..1');
   }
 }

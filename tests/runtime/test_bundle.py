@@ -153,17 +153,18 @@ def test_device_needs_one_of_the_two_forms(ort_bundle: Path) -> None:
     onnx_file.unlink()
     found = runtime.load(ort_bundle, ort=True).run(probe.inputs)["logits"]
     np.testing.assert_array_equal(found, probe.int8["logits"], strict=True)
-    with pytest.raises(BundleError, match=r"model.int8.onnx: found nothing, .* or open the .ort: --ort, ort=True"):
-        runtime.load(ort_bundle)
+    with pytest.raises(BundleError, match=r"model.int8.onnx: found nothing, .*; copy that file too, or use the other"):
+        runtime.load(ort_bundle, ort=False)
+    assert runtime.load(ort_bundle).form == "ort"
     ort_file.unlink()
-    for ort_form in (False, True):
+    for ort_form in (None, False, True):
         with pytest.raises(
             BundleError, match=r"model.int8.onnx: found nothing, expected a file; copy the whole bundle"
         ):
             runtime.load(ort_bundle, ort=ort_form)
     onnx_file.write_bytes(onnx_content)
-    assert runtime.load(ort_bundle).run(probe.inputs).keys() == {"logits"}
-    with pytest.raises(BundleError, match=r"model.int8.ort: found nothing, .*; copy that file too, or leave --ort off"):
+    assert runtime.load(ort_bundle).form == "onnx"
+    with pytest.raises(BundleError, match=r"model.int8.ort: found nothing, .*; copy that file too, or use the other"):
         runtime.load(ort_bundle, ort=True)
     ort_file.write_bytes(ort_content[:-1])
     with pytest.raises(BundleError, match=r"model.int8.ort: found \d+ bytes"):

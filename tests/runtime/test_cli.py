@@ -170,13 +170,13 @@ def test_error_of_nobodys_is_2_with_a_traceback_and_one_line(
 
 def test_check_and_explain_run_the_phones_file_when_asked(ort_bundle: Path, capsys: Captured) -> None:
     (ort_bundle / "model.int8.onnx").unlink()
-    assert call("check", ort_bundle) == 2
-    assert call("check", ort_bundle, "--ort", "--threads", 1) == 0
+    assert call("check", ort_bundle, "--onnx") == 2
+    assert call("check", ort_bundle, "--threads", 1) == 0
     assert call("explain", ort_bundle, "--ort") == 0
     out, err = capsys.readouterr()
     assert "not known" in out and "tiny: 100.0 % of MACs in integer kernels" in out
     assert max(map(len, out.splitlines())) <= 80
-    assert err.startswith("error: ") and err.endswith("or open the .ort: --ort, ort=True\n") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.endswith("or use the other\n") and err.count("\n") == 1
 
 
 def test_integer_share_that_is_not_met_is_1(bundle_folder: Path, tmp_path: Path, capsys: Captured) -> None:

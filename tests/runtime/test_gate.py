@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,13 @@ import onnxruntime as ort
 import pytest
 
 import runtime
-from runtime import drift, gate
+from runtime import cpu, drift, gate
 from runtime import manifest as manifests
 from runtime.cpu import Cpu
 from runtime.drift import Drift
 from runtime.errors import DriftExceeded, PacklightError
 from runtime.gate import Verdict
-from runtime.manifest import Budget, Manifest
+from runtime.manifest import Budget, Machine, Manifest
 from runtime.probe import Probe, write_probe
 from tests.runtime import models
 
@@ -34,6 +33,7 @@ def judge(drift: Drift = FAR, integer_macs: float = 0.9, **budget: float) -> Ver
     lines = tuple(gate.limits(Budget(**budget), drift, integer_macs, size_bytes=1000, ram_bytes=5000))
     return Verdict(
         met=all(line.met for line in lines),
+        model="model.int8.onnx",
         lines=lines,
         integer_macs=integer_macs,
         drift=drift,
@@ -43,6 +43,7 @@ def judge(drift: Drift = FAR, integer_macs: float = 0.9, **budget: float) -> Ver
         q={"a": 0.0},
         exact=True,
         cpu=CPU,
+        recorded_on=Machine(machine="aarch64", flags=("i8mm",)),
         onnxruntime="1.31.1",
         notes=(),
     )
@@ -118,7 +119,15 @@ def test_junit_has_a_case_a_limit_and_says_why_it_failed() -> None:
     message = "snr_db a: 20 (at least 30), with 90.0 % of MACs in integer kernels"
     assert failures == {"snr_db a": [message], "max_abs a": []}
     properties = {each.get("name"): each.get("value") for each in suite.iter("property")}
-    assert properties == {"integer_macs": "0.9", "worst_snr_db": "20", "exact": "true", "device_q": "0"}
+    assert properties == {
+        "integer_macs": "0.9",
+        "worst_snr_db": "20",
+        "exact": "true",
+        "device_q": "0",
+        "model": "model.int8.onnx",
+        "cpu": "a CPU, x86_64 avx2, onnxruntime 1.31.1",
+        "recorded_on": "aarch64 i8mm",
+    }
 
 
 def test_markdown_tells_drift_with_coverage_in_one_row() -> None:
@@ -164,7 +173,7 @@ def test_device_that_computes_otherwise_is_told_apart_from_drift(own_bundle: Pat
 def test_small_device_error_is_met_unless_the_target_promised_exact_bits(own_bundle: Path) -> None:
     small = recorded_elsewhere(own_bundle, 1e-3, models.manifest(Budget()))
     assert runtime.check(small).met
-    about = replace(models.manifest(Budget()), exact_on=(platform.machine(),))
+    about = replace(models.manifest(Budget()), exact_on=(cpu.machine(),))
     promised = runtime.check(recorded_elsewhere(own_bundle, 1e-3, about))
     assert [(line.what, line.met) for line in promised.lines] == [("device_q logits", True), ("exact logits", False)]
 
@@ -222,7 +231,49 @@ def test_integer_share_can_be_asked_for_beside_the_budget(bundle_folder: Path) -
 
 
 def test_peak_memory_is_measured_only_where_a_limit_asks_for_it(own_bundle: Path) -> None:
-    models.seal(own_bundle, models.manifest(Budget(max_ram_bytes=1e9)))
+    models.seal(own_bundle, models.manifest(Budget(max_ram_bytes=10**9)))
     (line,) = [line for line in runtime.check(runtime.load(own_bundle)).lines if line.what == "max_ram_bytes"]
     assert line.met
     assert 1e4 < line.found < 1e8
+
+
+def one(values: list[float]) -> Drift:
+    """Drift of `values` against [1, 1, 1, 1]."""
+    return drift.measure([({"a": np.ones(4)}, {"a": np.array(values)})])
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "q"),
+    [
+        ([1, 1, 1, 1], [1, 1, 1, 1], 0.0),
+        ([1.1, 1, 1, 1], [1.2, 1, 1, 1], 0.5),
+        ([1 + 1e-7, 1, 1, 1], [1, 1, 1, 1], 0.0),  # float's own rounding, of an output that is not quantized
+        ([1.1, 1, 1, 1], [1, 1, 1, 1], 0.1 / 2 / 1e-5),
+        ([math.nan, 1, 1, 1], [1.2, 1, 1, 1], math.inf),
+    ],
+)
+def test_q_is_the_device_error_in_units_of_the_quantization_error(
+    device: list[float], quantization: list[float], q: float
+) -> None:
+    assert gate.relative(one(device), one(quantization))["a"] == pytest.approx(q, rel=1e-6)
+
+
+def test_asked_share_does_not_weaken_the_budgets(own_bundle: Path) -> None:
+    models.seal(own_bundle, models.manifest(Budget(min_integer_macs=0.8)))
+    line = runtime.check(runtime.load(own_bundle), min_integer_macs=0.1).lines[0]
+    assert (line.what, line.limit) == ("integer_macs", 0.8)
+
+
+def test_promise_of_exact_bits_is_that_of_one_onnxruntime(own_bundle: Path) -> None:
+    about = replace(models.manifest(Budget()), exact_on=(cpu.machine(),), versions={"onnxruntime": "0.1"})
+    found = runtime.check(recorded_elsewhere(own_bundle, 1e-3, about))
+    assert found.met and not found.exact
+
+
+def test_a_file_of_the_current_folder_is_not_run_for_a_module_of_ours(
+    own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.seal(own_bundle, models.manifest(Budget(max_ram_bytes=10**9)))
+    (tmp_path / "runtime.py").write_text("raise SystemExit('run')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert runtime.check(runtime.load(own_bundle)).met
