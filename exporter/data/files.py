@@ -36,7 +36,9 @@ class File:
 
 
 def is_remote(given: object) -> bool:
-    return isinstance(given, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)", given) is not None
+    return (
+        isinstance(given, str) and re.match(r"([a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", given, re.IGNORECASE) is not None
+    )
 
 
 def shown(url: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ KINDS = {
     "text": ".txt files",
     "columns": "Parquet files, or what datasets.save_to_disk wrote",
 }
+
+LIBRARIES = {"images": {"PIL": "images"}, "text": {"tokenizers": "text"}, "columns": {"pyarrow": "tables"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +165,7 @@ def _found(given: str | Path, role: str, asked: Asked) -> Found:
     """What lies there. A suffix says what a file is, the tables of the recipe what a folder is for."""
     file = files.at(given)
     kind = next((kind for kind, suffixes in SUFFIXES.items() if file.suffix in suffixes), None)
-    if kind is not None and (file.system is not None or not Path(file.path).is_dir()):
+    if kind is not None and (file.system is not None or Path(file.path).is_file()):
         found = Found(kind=kind, files=(file,))
     elif files.is_folder(file):
         found = _in_folder(file, asked)
@@ -173,6 +176,7 @@ def _found(given: str | Path, role: str, asked: Asked) -> Found:
             expected=f"{', '.join(KINDS.values())}, or a folder of one of these kinds",
         )  # fmt: skip
     _require_fitting(found.kind, asked, f"{role}: {file.name}")
+    _require_libraries([found.kind, *asked.tables], f"{role}: {file.name}")
     return found
 
 
@@ -216,10 +220,22 @@ def _require_fitting(kind: str, asked: Asked, where: str) -> None:
 
 def _require_used(given: Any, role: str, asked: Asked) -> None:
     """Refuse tables for batches that are made already; random data stands in for any."""
-    if isinstance(given, str) or asked.columns is not None:
+    if isinstance(given, str):
+        return
+    if asked.columns is not None:
+        _require_libraries([name for name in asked.tables if name != "columns"], role)
         return
     for name in asked.tables:
         raise _unused(name, "batches that are made already", role)
+
+
+def _require_libraries(kinds: Iterable[str], where: str) -> None:
+    for kind in kinds:
+        for library, extra in LIBRARIES.get(kind, {}).items():
+            try:
+                importlib.import_module(library)
+            except ImportError as error:
+                raise CalibrationError(where, found=f"no {library}", do=f"pip install 'packlight[{extra}]'") from error
 
 
 def _unused(table: str, found: str, where: str) -> RecipeError:

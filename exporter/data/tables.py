@@ -54,7 +54,7 @@ def from_files(
     """Batches of the rows of Parquet files, or of the Arrow files of a saved data set.
 
     Raises:
-        RecipeError: an input that the graph does not have, no pyarrow.
+        RecipeError: an input that the graph does not have.
         CalibrationError: a file that is none, a column that is missing or does not fit its input.
     """
     wanted = _wanted(asked, prepare, tensors)
@@ -127,11 +127,9 @@ def _each(wanted: Mapping[str, str], tensors: Sequence[Tensor]) -> list[tuple[st
 
 def _blocks(file: File, wanted: Mapping[str, str], rows: int) -> Iterator[Any]:
     """The record batches of one file, with the wanted columns only."""
-    try:
-        import pyarrow
-        from pyarrow import ipc, parquet
-    except ImportError as error:
-        raise CalibrationError(file.name, found="no pyarrow", do="pip install 'packlight[tables]'") from error
+    import pyarrow
+    from pyarrow import ipc, parquet
+
     columns = sorted(set(wanted.values()))
     with files.opened(file) as stream:
         try:

@@ -108,7 +108,7 @@ def encoder(asked: Text, folder: Path, tensors: Sequence[Tensor], rows: int | No
     """A function from lines to {input: integers [lines, tokens]}; rows: lines a batch, if another table says it.
 
     Raises:
-        RecipeError: no tokenizers library, no such tokenizer.json, padding that it has no token for or no length of.
+        RecipeError: a file that is no tokenizer.json, padding that it has no token for or no length of.
     """
     takes = inputs(asked, tensors)
     tokenizer, path = _tokenizer(asked, folder)
@@ -143,12 +143,8 @@ def encoder(asked: Text, folder: Path, tensors: Sequence[Tensor], rows: int | No
 
 
 def _tokenizer(asked: Text, folder: Path) -> tuple[Any, str]:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise RecipeError(
-            "tokenizer", found="no tokenizers library", do="pip install 'packlight[text]'", where="[text]"
-        ) from error
+    from tokenizers import Tokenizer
+
     remote = files.is_remote(asked.tokenizer)
     file = files.at(asked.tokenizer if remote else folder / asked.tokenizer)
     content = files.contents(file).read()
