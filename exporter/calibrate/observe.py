@@ -111,7 +111,7 @@ def observer(
     names = tuple(dict.fromkeys(same.values()))
     inputs = {value.name for value in model.graph.inputs}
     wanted = [name for name in dict.fromkeys((*names, *(name for name, _ in channels))) if name not in inputs]
-    run = _runner(model, wanted) if wanted else None
+    run = _runner(model, wanted) if len(tensors) > len(inputs & {*tensors}) else None
     workers = max(1, min(WORKERS, CHUNK, _cores()))
     scratch = threading.local()
 
@@ -193,9 +193,10 @@ def _clipped(value: ir.Value) -> ir.Value | None:
 
 
 def _runner(model: ir.Model, wanted: Sequence[str]) -> Callable[[Batch], dict[str, Array]]:
-    """Runs the graph on one thread and returns the wanted tensors, in the memory where ONNX Runtime made them."""
+    """Runs the whole graph on one thread and returns the wanted tensors, in the memory where ONNX Runtime made them."""
+    names = list(dict.fromkeys((*wanted, *(value.name or "" for value in model.graph.outputs))))
     try:
-        opened = session.open_session(graph.to_bytes(graph.with_outputs(model, wanted)), threads=1)
+        opened = session.open_session(graph.to_bytes(graph.with_outputs(model, names)), threads=1)
     except BundleError as error:
         raise CalibrationError("calibration: ONNX Runtime refuses the graph", found=str(error)) from error
     inputs = [value.name for value in opened.get_inputs()]
@@ -203,7 +204,8 @@ def _runner(model: ir.Model, wanted: Sequence[str]) -> Callable[[Batch], dict[st
     def run(batch: Batch) -> dict[str, Array]:
         try:
             given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(batch[name])) for name in inputs}
-            return dict(zip(wanted, map(_view, opened.run_with_ort_values(list(wanted), given)), strict=True))
+            made = opened.run_with_ort_values(names, given)
+            return dict(zip(wanted, map(_view, made[: len(wanted)]), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise graph.RunError(str(error).splitlines()[0][:300]) from error
 

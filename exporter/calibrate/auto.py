@@ -1,0 +1,269 @@
+"""Which method for which tensor, by what the int8 model's outputs say.
+
+The best single method is where the search begins. Then groups of neighbouring tensors, an eighth of all at first and
+half as many in every round, try the other methods; a change that brings the outputs closer to FP32 by WORTH_DB stays. A
+method that is best for a tensor alone may be wrong for the model, so nothing is decided by the tensor's own error.
+
+An evaluation does not quantize again: scales and zero points of the int8 model are replaced, the int32 biases
+follow their input's scale, and weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.batches import Batch
+from exporter.calibrate import methods
+from exporter.calibrate.domain import distinguish
+from exporter.calibrate.ranges import Range, Ranges
+from exporter.calibrate.statistics import Statistics
+from exporter.errors import CalibrationError
+from runtime import drift, session
+
+EVALUATIONS = 48  # runs of the int8 model over the batches, at most
+WORTH_DB = 0.05  # a smaller gain on a few batches is chance
+GROUPS = 8
+SUFFIX = "_scale"  # as the quantizer names a tensor's scale; its zero point beside it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The method of one tensor. gain_db: what changing to it from the best single method brought to the worst output's SNR,
+    together with `together` - 1 other tensors; 0 where it was not changed."""
+
+    tensor: str
+    method: str
+    gain_db: float
+    together: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """ranges: method "auto". single_db: {method: SNR of the worst output, dB} on the batches that were given.
+
+    best: the best single method. snr_db: with the chosen ranges. choices: of tensors whose range the int8 model uses.
+    """
+
+    ranges: Ranges
+    best: str
+    single_db: Mapping[str, float]
+    snr_db: float
+    choices: tuple[Choice, ...]
+    evaluations: int
+
+    @property
+    def changed(self) -> tuple[Choice, ...]:
+        """The tensors that do better with another method than the best single one."""
+        return tuple(choice for choice in self.choices if choice.method != self.best)
+
+    def notes(self) -> tuple[str, ...]:
+        """For the plan: what won, and by how much."""
+        singles = ", ".join(f"{method} {value:.2f}" for method, value in self.single_db.items())
+        lines = [
+            f"ranges: {self.best} for all is the best single method ({singles} dB); "
+            f"{len(self.changed)} of {len(self.choices)} tensors changed, {self.snr_db:.2f} dB"
+        ]
+        for choice in self.changed:
+            others = f", with {choice.together - 1} others" if choice.together > 1 else ""
+            lines.append(f"{choice.tensor}: {choice.method}, {choice.gain_db:+.2f} dB{others}")
+        return tuple(lines)
+
+
+def candidates(model: ir.Model, found: Statistics, percentile: float = methods.PERCENTILE) -> dict[str, Ranges]:
+    """{method: its ranges}, cut to what readers distinguish."""
+    return {name: distinguish(model, methods.ranges(found, name, percentile)) for name in methods.METHODS}
+
+
+def choose(
+    model: ir.Model,
+    int8: ir.Model,
+    given: Mapping[str, Ranges],
+    batches: Sequence[Batch],
+    evaluations: int = EVALUATIONS,
+) -> Chosen:
+    """Try methods on groups of tensors and keep what brings the worst output closer to FP32. Deterministic.
+
+    Args:
+        model: the prepared graph.
+        int8: it, quantized with the ranges of any of the methods (`quantize.to_int8`).
+        given: {method: ranges}, of the same tensors (`candidates`).
+        batches: calibration batches to compare on (`Split.kept`); reported drift uses others.
+        evaluations: how many times the int8 model may be run over the batches, that of each method included.
+
+    Raises:
+        CalibrationError: no methods or no batches.
+    """
+    if not given or not batches:
+        raise CalibrationError("auto", found=f"{len(given)} methods, {len(batches)} batches", expected="some of both")
+    measure = evaluator(model, int8, batches)
+    search = _Search(given, _used(int8, next(iter(given.values()))), measure)
+    groups = search.split(search.tensors, GROUPS)
+    while groups and search.count < evaluations:
+        ranked = []
+        for group in groups:
+            gain = search.improve(group, evaluations)
+            ranked.append((-gain, group))
+        ranked.sort(key=lambda pair: pair[0])  # stable: the graph's order among equals
+        groups = [half for _, group in ranked if len(group) > 1 for half in search.split(group, 2)]
+    return search.result()
+
+
+class _Search:
+    """The state of one search: what each tensor has now, and how good that is."""
+
+    def __init__(
+        self, given: Mapping[str, Ranges], tensors: Sequence[str], measure: Callable[[Ranges], float]
+    ) -> None:
+        self.given, self.tensors, self.measure = given, tuple(tensors), measure
+        self.single = {method: measure(found) for method, found in given.items()}
+        self.count = len(given)
+        self.best = max(self.single, key=lambda method: self.single[method])  # the first among equals
+        self.method = dict.fromkeys(given[self.best].tensors, self.best)
+        self.gain: dict[str, tuple[float, int]] = {}
+        self.now = self.single[self.best]
+        self.order = sorted(given, key=lambda method: -self.single[method])
+
+    def split(self, tensors: Sequence[str], parts: int) -> list[tuple[str, ...]]:
+        return [tuple(part.tolist()) for part in np.array_split(np.array(tensors, object), parts) if len(part)]
+
+    def improve(self, group: Sequence[str], most: int) -> float:
+        """Try every other method on the group and keep the best if it helps; its gain in dB, also where it did not help."""
+        tried: set[tuple[tuple[float, float], ...]] = {self._ends(self.method, group)}
+        found, gain = "", -np.inf
+        for method in self.order:
+            trial = self.method | dict.fromkeys(group, method)
+            ends = self._ends(trial, group)
+            if ends in tried or self.count >= most:
+                continue
+            tried.add(ends)
+            self.count += 1
+            value = self.measure(self._ranges(trial)) - self.now
+            if value > gain:
+                found, gain = method, value
+        if gain > WORTH_DB:
+            self.method |= dict.fromkeys(group, found)
+            self.gain |= dict.fromkeys(group, (float(gain), len(group)))
+            self.now += gain
+        return float(gain)
+
+    def result(self) -> Chosen:
+        nothing = (0.0, 1)
+        return Chosen(
+            ranges=self._ranges(self.method),
+            best=self.best,
+            single_db=self.single,
+            snr_db=float(self.now),
+            choices=tuple(
+                Choice(
+                    tensor=name,
+                    method=self.method[name],
+                    gain_db=self.gain.get(name, nothing)[0],
+                    together=self.gain.get(name, nothing)[1],
+                )
+                for name in self.tensors
+            ),
+            evaluations=self.count,
+        )
+
+    def _ends(self, trial: Mapping[str, str], group: Sequence[str]) -> tuple[tuple[float, float], ...]:
+        found = [self.given[trial[name]].tensors[name] for name in group]
+        return tuple((each.low, each.high) for each in found)
+
+    def _ranges(self, trial: Mapping[str, str]) -> Ranges:
+        tensors = {name: self.given[method].tensors[name] for name, method in trial.items()}
+        return replace(self.given[self.best], tensors=tensors, method="auto")
+
+
+def _used(int8: ir.Model, ranges: Ranges) -> list[str]:
+    """The tensors whose range the int8 model uses, in the order of the ranges."""
+    return [name for name in ranges.tensors if f"{name}{SUFFIX}" in int8.graph.initializers]
+
+
+def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Callable[[Ranges], float]:
+    """A function ranges -> SNR of the worst output in dB, of the int8 model with these ranges against FP32."""
+    expected = list(map(graph.runner(model), batches))
+    patch = patcher(model, int8)
+
+    def measure(ranges: Ranges) -> float:
+        opened = session.open_session(patch(ranges))
+        names = [value.name for value in opened.get_outputs()]
+        wanted = [value.name for value in opened.get_inputs()]
+        made = (
+            dict(zip(names, opened.run(names, {name: batch[name] for name in wanted}), strict=True)) for batch in batches
+        )
+        return drift.measure(zip(expected, made, strict=True)).worst_snr_db
+
+    return measure
+
+
+def patcher(model: ir.Model, int8: ir.Model) -> Callable[[Ranges], bytes]:
+    """A function ranges -> the int8 model with their scales, as a file's bytes. Weights stay as they are.
+
+    The model is that of `quantize.to_int8` with the same ranges, but for weights whose scale the quantizer widens for a bias.
+    """
+    proto = ir.serde.serialize_model(int8)
+    initializers = {each.name: each for each in proto.graph.initializer}
+    real = {name: graph.constant(value) for name, value in model.graph.initializers.items()}
+    biases = list(_biases(proto, initializers))
+
+    def patch(ranges: Ranges) -> bytes:
+        for name, found in ranges.tensors.items():
+            scale = initializers.get(f"{name}{SUFFIX}")
+            zero = initializers.get(f"{name}_zero_point")
+            if scale is not None and zero is not None:
+                step, code = scale_and_zero_point(found)
+                _set(scale, np.asarray(step))
+                _set(zero, np.asarray(code))
+        for codes, scale, source, weight in biases:
+            bias = real.get(codes.name.removesuffix("_quantized"))
+            if bias is not None:
+                steps = _array(source) * _array(weight)
+                _set(scale, steps.reshape(_array(scale).shape).astype(np.float32))
+                _set(codes, np.rint(bias / _array(scale)).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32))
+        return bytes(proto.SerializeToString(deterministic=True))
+
+    return patch
+
+
+def scale_and_zero_point(found: Range) -> tuple[np.float32, np.uint8]:
+    """scale = (high - low) / 255 and zero_point = rint(-low / scale), of the range widened to hold 0; 1 and 0 where it is 0."""
+    low, high = min(found.low, 0.0), max(found.high, 0.0)
+    low, high = float(np.float32(low)), float(np.float32(high))
+    scale = (high - low) / methods.STEPS
+    if scale < np.finfo(np.float32).tiny:
+        return np.float32(1), np.uint8(0)
+    return np.float32(scale), np.uint8(np.rint(-low / scale))
+
+
+Initializer = onnx.TensorProto
+
+
+def _biases(
+    proto: onnx.ModelProto, initializers: Mapping[str, Initializer]
+) -> list[tuple[Initializer, Initializer, Initializer, Initializer]]:
+    """(codes, scale) of each int32 bias, and the scales of the input and the weight of the layer that reads it."""
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    found = []
+    for node in proto.graph.node:
+        parts = [makers.get(name) for name in node.input[:3]]
+        if len(parts) < 3 or any(part is None or part.op_type != "DequantizeLinear" for part in parts):
+            continue
+        names = [parts[2].input[0], parts[2].input[1], parts[0].input[1], parts[1].input[1]]  # type: ignore[union-attr]
+        if all(name in initializers for name in names) and initializers[names[0]].data_type == onnx.TensorProto.INT32:
+            codes, scale, source, weight = (initializers[name] for name in names)
+            found.append((codes, scale, source, weight))
+    return found
+
+
+def _array(initializer: Initializer) -> np.ndarray:
+    return onnx.numpy_helper.to_array(initializer)
+
+
+def _set(initializer: Initializer, array: np.ndarray) -> None:
+    initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
