@@ -47,7 +47,7 @@ def make(
 ) -> Report:
     """The report, without what only a machine and a moment can tell."""
     ort_bytes = len(models.phone.ort) if models.phone is not None else None
-    ships = ort_bytes or len(models.int8)
+    ships = max(len(models.int8), ort_bytes or 0)  # a device may take either
     on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
     lines = tuple(gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None))
     return Report(
