@@ -1,9 +1,10 @@
 """Graph + rules + Target -> Plan: each node int8 or float, and why.
 
-Layers (Conv, Gemm, MatMul) hold the MACs and are int8 wherever an integer kernel exists that is no slower. Around them
-placement is the cheapest plan under the target's measured costs. It is a minimum cut: every node stands on the int8 or the
-float side, a node pays for its kernel on its side, and a tensor that crosses pays for a QuantizeLinear or a DequantizeLinear, once
-however many nodes read it. So an Add between two int8 Conv is int8, and the same Add before a LayerNormalization is not.
+Layers (Conv, Gemm, MatMul) hold the MACs and are int8 wherever an integer kernel exists that is no slower; where integer
+kernels save on some layers only (target.layer), those are placed by cost like the rest. Around the layers placement is the
+cheapest plan under the target's measured costs. It is a minimum cut: every node stands on the int8 or the float side, a node
+pays for its kernel on its side, and a tensor that crosses pays for a QuantizeLinear or a DequantizeLinear, once however many
+nodes read it. So an Add between two int8 Conv is int8, and the same Add before a LayerNormalization is not.
 
 Rounding costs accuracy, which has no nanoseconds: an int8 kernel that rounds where float would not pays for one more
 QuantizeLinear. MatMul and Gemm count as makers of real numbers: their integer kernels can write float.
@@ -197,13 +198,16 @@ def _slow(node: ir.Node, target: Target) -> str:
     """Why the layer's integer kernel takes longer than the float one; empty where it does not. A rule may ask for it.
 
     A grouped Conv and one of three spatial axes copy their input position by position, a group's channels at a time:
-    few channels make short copies. A depthwise Conv and a plain one over two axes or one have kernels of their own.
+    few channels make short copies. A plain Conv over two axes or one has a kernel of its own, and on most targets a
+    depthwise one.
     """
     weight = graph.constant(node.inputs[1]) if node.op_type == "Conv" else None
     if weight is None:
         return ""
     groups, channels = node.attributes.get_int("group", 1), weight.shape[1]
     depthwise = channels == 1 and weight.shape[0] == groups > 1
+    if depthwise and not target.depthwise:
+        return "depthwise: its integer kernel here multiplies one value at a time, and is slower"
     if not depthwise and (groups > 1 or weight.ndim > 4) and channels < target.copied_channels:
         return f"{channels} input channels a group: its integer kernel copies them position by position, and is slower"
     return ""
@@ -229,12 +233,27 @@ def _removable_refusal(node: ir.Node) -> str:
 
 def _cost(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Cost:
     """Nanoseconds of the node's kernel on each side; elementwise int8 rounds its output, and pays for it."""
+    if node.op_type in target.layers:
+        return _layer_cost(node, target, shapes)
     amount = max(_elements(value, shapes) for value in (*graph.activations(node), *node.outputs))
     if node.op_type in target.movers:
         per, rounding = target.movers[node.op_type], 0.0
     else:
         per, rounding = target.elementwise[node.op_type], 0.0 if node.op_type in REMOVABLE else target.quantize_ns
     return Cost(float_ns=per.float_ns * amount, int8_ns=(per.int8_ns + rounding) * amount)
+
+
+def _layer_cost(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Cost:
+    """Nanoseconds of a layer's kernel on each side: MACs, and in int8 its outputs and the packing of a constant weight."""
+    assert target.layer is not None
+    per, macs = target.layer, graph.macs(node, shapes)
+    weight = node.inputs[1]
+    packed = 0.0
+    if node.op_type in FLOAT_OUTPUT and weight is not None and weight.is_initializer():
+        each = per.transposed_ns if node.attributes.get_int("transB", 0) else per.weight_ns
+        packed = each * _elements(weight, shapes)
+    written = per.output_ns * _elements(node.outputs[0], shapes)
+    return Cost(float_ns=per.float_ns * macs, int8_ns=per.int8_ns * macs + written + packed)
 
 
 def _elements(value: ir.Value, shapes: Mapping[str, Shape]) -> int:
@@ -253,7 +272,8 @@ def _cut(
     network.add_nodes_from(("int8", "float"))
     for node in nodes:
         rule = ruled.get(node)
-        by_default = "float" if _slow(node, target) else "int8" if node.op_type in target.layers else ""
+        always = node.op_type in target.layers and target.layer is None
+        by_default = "float" if _slow(node, target) else "int8" if always else ""
         side = "float" if refused[node] else rule.precision if rule is not None else by_default
         if side == "float":
             network.add_edge(node, "float")  # without a capacity: never cut

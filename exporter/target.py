@@ -1,8 +1,9 @@
 """What a CPU does in int8, as data: types, which op_types have an integer kernel, what each costs, and which session keys to set.
 
 Costs are nanoseconds on one thread, measured with onnxruntime 1.31.1 by `python benchmarks/costs.py` on an x86-64 server core
-with AVX512-VNNI; for x86-avx2 on the same core with AVX512 and VNNI hidden (tests/devices). Placement compares them with each
-other, so only their ratios matter. A target differs from another only where its hardware does.
+with AVX512-VNNI; for x86-avx2 on the same core with AVX512 and VNNI hidden (tests/devices); for wasm by `python
+benchmarks/costs.py wasm` with onnxruntime-web 1.30.0 in node on that core. Placement compares them with each other, so only
+their ratios matter. A target differs from another only where its hardware does.
 """
 
 from __future__ import annotations
@@ -24,17 +25,35 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCost:
+    """Nanoseconds of a layer: of a multiply-add in float and in int8, and what int8 pays beside them.
+
+    output_ns: of an output, summed in int32 and written as a code or a float.
+    weight_ns, transposed_ns: of an element of a MatMul's or Gemm's weight, which is packed at every run; with transB.
+    """
+
+    float_ns: float
+    int8_ns: float
+    output_ns: float
+    weight_ns: float
+    transposed_ns: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A CPU family.
 
     machine: `runtime.cpu.machine()` of its CPUs; empty where there are several.
     pairs_in_int16: some of its CPUs add two u8·s8 products in int16, which saturates (vpmaddubsw, before VNNI); weights
         then keep the pair rule (exporter/correct/rounding.py).
-    layers: op_types that hold the MACs; they run in integers wherever a kernel exists.
+    layers: op_types that hold the MACs.
+    layer: what they cost, where int8 is chosen for or against; None where it saves on every layer, which then is int8
+        wherever a kernel exists.
     elementwise, movers: other op_types with an integer kernel, which placement chooses for or against by cost. A mover
         leaves codes as they are: its output has its input's scale and zero point.
     quantize_ns, dequantize_ns: per element; crossing_ns: of either, whatever its size.
     copied_channels: input channels a group from which a Conv that copies its input position by position pays in int8.
+    depthwise: whether a depthwise Conv has a kernel of its own that pays in int8.
     activations_matmul: whether a MatMul of two activations pays in int8: its B cannot be packed ahead of time.
     session: session config entries.
     costs_from: where the costs were measured; a target whose hardware was not there says whose they are.
@@ -47,7 +66,9 @@ class Target:
     layers: tuple[str, ...]
     elementwise: Mapping[str, Cost]
     movers: Mapping[str, Cost]
+    layer: LayerCost | None
     copied_channels: int
+    depthwise: bool
     activations_matmul: bool
     quantize_ns: float
     dequantize_ns: float
@@ -103,9 +124,11 @@ X86_VNNI = Target(
     layers=LAYERS,
     elementwise=ELEMENTWISE,
     movers=MOVERS,
+    layer=None,
     # time of int8 over float, 3x3 at 28x28: 5.9 with 2 channels a group, 3.1 with 4, 1.3 with 8, 1.2 with 16, 0.7 with 32;
     # 3x3x3: 5.3 with 4 channels, 2.6 with 8, 0.9 with 16 (a QuantizeLinear and a DequantizeLinear included)
     copied_channels=16,
+    depthwise=True,
     # attention's products: 7 % faster in int8 on MiniLM at 128 tokens, and a point of WordSim worse
     activations_matmul=False,
     quantize_ns=0.15,
@@ -134,13 +157,51 @@ ARM64 = replace(
     machine="aarch64",
     costs_from=f"predicted: {SERVER}",
 )
+# The wasm build rounds and saturates one value at a time, with branches: an int8 output costs 3 ns, and 8 behind a Relu or Clip.
+# In float these two are measured inside the Conv that they fuse into.
+IN_WASM = {
+    "Add": Cost(float_ns=0.26, int8_ns=1.1),
+    "Mul": Cost(float_ns=0.26, int8_ns=1.2),
+    "Concat": Cost(float_ns=0.16, int8_ns=0.09),
+    "Sigmoid": Cost(float_ns=2.9, int8_ns=0.59),
+    "LeakyRelu": Cost(float_ns=5.3, int8_ns=0.60),
+    "Softmax": Cost(float_ns=2.3, int8_ns=4.8),
+    "GlobalAveragePool": Cost(float_ns=0.32, int8_ns=0.36),
+    "AveragePool": Cost(float_ns=36.6, int8_ns=8.3),
+    "Relu": Cost(float_ns=0.5, int8_ns=5.0),
+    "Clip": Cost(float_ns=0.5, int8_ns=5.0),
+}
+MOVED_IN_WASM = {
+    "MaxPool": Cost(float_ns=1.0, int8_ns=1.3),
+    "Reshape": Cost(float_ns=0.05, int8_ns=0.05),
+    "Flatten": Cost(float_ns=0.05, int8_ns=0.05),
+    "Squeeze": Cost(float_ns=0.05, int8_ns=0.05),
+    "Unsqueeze": Cost(float_ns=0.05, int8_ns=0.05),
+    "Transpose": Cost(float_ns=0.57, int8_ns=0.57),
+    "Slice": Cost(float_ns=0.13, int8_ns=0.09),
+    "Split": Cost(float_ns=0.17, int8_ns=0.11),
+    "Gather": Cost(float_ns=0.11, int8_ns=0.08),
+    "DepthToSpace": Cost(float_ns=3.1, int8_ns=3.8),
+    "Resize": Cost(float_ns=0.27, int8_ns=2.4),
+}
 # i32x4.dot_i16x8_s widens first; the build in npm does not use relaxed SIMD, whose products may saturate
 WASM = replace(
     X86_VNNI,
     name="wasm",
     summary="browsers and node",
     machine="wasm32",
-    costs_from=f"predicted: {SERVER}",
+    elementwise=IN_WASM,
+    movers=MOVED_IN_WASM,
+    # int8 does 22 multiply-adds in the time of 8 in float, and then pays for the output: a 1x1 Conv of 16 channels takes twice
+    # as long as in float, one of 64 is 1.3 times as fast, one of 256 twice as fast. A Gemm packs its weight at every run: with
+    # one row, 1280 -> 1280 and transB it takes eight times as long.
+    layer=LayerCost(float_ns=0.12, int8_ns=0.045, output_ns=3.0, weight_ns=0.15, transposed_ns=0.75),
+    # time of int8 over float: 3x3 7 at 56x56 and 2 at 14x14; 5x5 2 at 14x14 and 0.7 at 7x7; 7x7 1.2
+    depthwise=False,
+    quantize_ns=0.67,
+    dequantize_ns=0.27,
+    crossing_ns=630.0,
+    costs_from="onnxruntime-web in node",
 )
 
 TARGETS: Mapping[str, Target] = {each.name: each for each in (PORTABLE, X86_VNNI, X86_AVX2, ARM64, WASM)}
@@ -175,7 +236,8 @@ def facts(target: Target) -> tuple[Fact, ...]:
         ),
         Fact(
             what="layers", value=", ".join(target.layers),
-            why="QLinearConv, QGemm, QLinearMatMul and MatMulIntegerToFloat are on every CPU that ONNX Runtime runs on",
+            why="QLinearConv, QGemm, QLinearMatMul and MatMulIntegerToFloat are on every CPU that ONNX Runtime runs on"
+            + ("" if target.layer is None else "; by cost as well: one that writes much and multiplies little is slower in int8"),
         ),
         Fact(
             what="by cost", value=", ".join([*target.elementwise, *target.movers]),
