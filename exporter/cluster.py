@@ -243,13 +243,14 @@ def _grouped(
 ) -> Iterator[T]:
     """The merged value of each group of batches, in order, with as many groups under way as the cluster can use."""
     client, name, here = cluster.client, f"packlight-{uuid.uuid4().hex[:12]}", cache.versions()
-    keys = (f"{name}-{number}" for number in itertools.count())
-    given = [client.submit(_same, asked, key=next(keys))]
+    # Dask knows tasks of one kind by the first part of the key: it then gives them to whoever is idle, not to who has the model
+    number = itertools.count()
+    given = [client.submit(_same, asked, key=f"{name}-model")]
 
     def submit(group: Sequence[Batch], start: int) -> Any:
         chunks = (_Chunk(batches=tuple(part), start=start + at, versions=here) for at, part in cut(group, CHUNK))
-        leaves = [client.submit(work, given[0], chunk, key=next(keys)) for chunk in chunks]
-        return fold(leaves, lambda a, b: client.submit(merge, a, b, key=next(keys)))
+        leaves = [client.submit(work, given[0], chunk, key=(f"{name}-chunk", next(number))) for chunk in chunks]
+        return fold(leaves, lambda a, b: client.submit(merge, a, b, key=(f"{name}-merge", next(number))))
 
     def begin(start: int, group: Sequence[Batch]) -> _Group:
         key = memory.key(group, start) if memory is not None else ""
@@ -330,13 +331,13 @@ def _client(address: str, stack: contextlib.ExitStack) -> Any:
     stack.enter_context(dask.config.set({"distributed.admin.large-graph-warning-threshold": "64GiB"}))
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
-        if local := LOCAL.fullmatch(address):
-            count, quiet = int(local[1]), logging.CRITICAL
-            address = stack.enter_context(
-                distributed.LocalCluster(count, threads_per_worker=1, dashboard_address=None, silence_logs=quiet)
-            )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of versions that differ: those that matter are compared here
+            warnings.simplefilter("ignore")  # of versions that differ: those that matter are compared below
+            if local := LOCAL.fullmatch(address):
+                count, quiet, http = int(local[1]), logging.CRITICAL, "127.0.0.1:0"
+                address = stack.enter_context(
+                    distributed.LocalCluster(count, threads_per_worker=1, dashboard_address=http, silence_logs=quiet)
+                )
             return distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, RuntimeError, ValueError, distributed.TimeoutError) as error:
         raise ClusterError(
