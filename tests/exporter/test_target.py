@@ -39,9 +39,10 @@ def test_costs_are_not_negative_and_crossings_cost_something() -> None:
 
 
 def test_softmax_is_dearer_in_int8_and_concat_cheaper() -> None:
-    """FACTS: QLinearSoftmax takes 4-5 times as long as float Softmax."""
+    """FACTS: QLinearSoftmax takes 4-5 times as long as float Softmax on x86; in wasm, whose float one is slow, twice."""
     for found in TARGETS.values():
-        assert found.elementwise["Softmax"].int8_ns > 4 * found.elementwise["Softmax"].float_ns
+        dearer = 2 if found.name == "wasm" else 4
+        assert found.elementwise["Softmax"].int8_ns > dearer * found.elementwise["Softmax"].float_ns
         assert found.elementwise["Concat"].int8_ns < found.elementwise["Concat"].float_ns
 
 
@@ -74,7 +75,7 @@ def test_only_targets_that_add_pairs_in_int16_hold_weights_to_the_pair_rule() ->
 
 def test_target_whose_hardware_was_not_there_to_be_timed_says_whose_costs_it_has() -> None:
     predicted = {name for name, each in TARGETS.items() if each.costs_from.startswith("predicted: ")}
-    assert predicted == {"arm64", "wasm"}
+    assert predicted == {"arm64"}
     for name in predicted:
         assert "predicted: x86 with VNNI" in fact(TARGETS[name], "by cost").why
 
