@@ -88,11 +88,11 @@ class Kernels:
         return math.fsum(kernel.ms for kernel in self.kernels if kernel.kernel not in CONTAINERS)
 
 
-def kernels(bundle: Bundle, inputs: Mapping[str, Array] | None = None) -> Kernels:
-    """The kernels of a bundle's int8 model on `inputs`, by default the probe's first batch."""
+def kernels(bundle: Bundle, inputs: Mapping[str, Array] | None = None, runs: int = 10) -> Kernels:
+    """The kernels of a bundle's int8 model on `inputs`, by default the probe's first batch; runs: behind each time, see trace()."""
     feed = bundle.probes()[0].inputs if inputs is None else inputs
     bundle.run(feed)  # names, dtypes and shapes are refused here, in words
-    return trace(bundle.model, feed, threads=bundle.threads or 1, entries=bundle.manifest.session)
+    return trace(bundle.model, feed, threads=bundle.threads or 1, entries=bundle.manifest.session, runs=runs)
 
 
 def trace(

@@ -23,12 +23,10 @@ CNNS = ("lite0", "rnet", "orientation")
 X86 = ("full", "avx512", "avx2")
 BOTH = """
 import sys, runtime
-from runtime.kernels import trace
-trace.__kwdefaults__["runs"] = 1  # kernels and MACs are asked for, not times; ten more runs take minutes where a CPU is emulated
 opened = [runtime.load(sys.argv[1], threads=1, ort=ort) for ort in (False, True)]
 onnx, ort = ([bundle.run(probe.inputs) for probe in bundle.probes()] for bundle in opened)
 equal = all(a[name].tobytes() == b[name].tobytes() for a, b in zip(onnx, ort, strict=True) for name in a)
-share = runtime.kernels(opened[1]).integer_macs
+share = runtime.kernels(opened[1], runs=1).integer_macs
 print('{"onnx": %s, "ort": {"integer_macs": %r, "equal": %d}}' % (runtime.check(opened[0]).to_json(), share, equal))
 """
 

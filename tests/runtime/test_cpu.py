@@ -47,3 +47,12 @@ def test_cpu_that_adds_pairs_in_int16_is_known_by_what_it_computes(model: str, p
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.split() == [str(pairs)], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("system", "family"),
+    [("AMD64", "x86_64"), ("x86_64", "x86_64"), ("arm64", "aarch64"), ("ARM64", "aarch64"), ("riscv64", "riscv64")],
+)
+def test_family_has_one_name_on_every_system(system: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: system)
+    assert cpu.machine() == family
