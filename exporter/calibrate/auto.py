@@ -1,8 +1,11 @@
 """Which method for which tensor, by what the int8 model's outputs say.
 
 The best single method is where the search begins. Then groups of neighbouring tensors, an eighth of all at first and
-half as many in every round, try the other methods; a change that brings the outputs closer to FP32 by WORTH_DB stays. A
-method that is best for a tensor alone may be wrong for the model, so nothing is decided by the tensor's own error.
+half as many in every round, try the other methods; a change that brings the outputs closer to FP32 stays. A method that is best
+for a tensor alone may be wrong for the model, so nothing is decided by the tensor's own error.
+
+A few batches are a small sample: a gain counts if it is above WORTH_DB and above half its own standard error over
+the batches (jackknife, Efron 1982). So one batch with a far value does not decide, and more batches decide better.
 
 An evaluation does not quantize again: scales and zero points of the int8 model are replaced, the int32 biases
 follow their input's scale, and weights stay as they are.
@@ -12,22 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from exporter import graph
-from exporter.batches import Batch
+from exporter.batches import Array, Batch
 from exporter.calibrate import methods
 from exporter.calibrate.domain import distinguish
 from exporter.calibrate.ranges import Range, Ranges
 from exporter.calibrate.statistics import Statistics
 from exporter.errors import CalibrationError
-from runtime import drift, session
+from runtime import session
 
 EVALUATIONS = 48  # runs of the int8 model over the batches, at most
-WORTH_DB = 0.05  # a smaller gain on a few batches is chance
+WORTH_DB = 0.05  # a smaller gain is not worth another method
+SURE = 0.5  # standard errors that a gain must be above
+HIGHEST_DB = 300.0  # stands for a model without error
 GROUPS = 8
 SUFFIX = "_scale"  # as the quantizer names a tensor's scale; its zero point beside it
 
@@ -118,15 +124,20 @@ class _Search:
     """The state of one search: what each tensor has now, and how good that is."""
 
     def __init__(
-        self, given: Mapping[str, Ranges], tensors: Sequence[str], measure: Callable[[Ranges], float]
+        self, given: Mapping[str, Ranges], tensors: Sequence[str], measure: Callable[[Ranges], Errors]
     ) -> None:
         self.given, self.tensors, self.measure = given, tuple(tensors), measure
-        self.single = {method: measure(found) for method, found in given.items()}
+        errors = {method: measure(found) for method, found in given.items()}
+        self.single = {method: found.snr_db for method, found in errors.items()}
         self.count = len(given)
-        self.best = max(self.single, key=lambda method: self.single[method])  # the first among equals
+        self.best = next(iter(errors))  # the plainest, unless another is better for certain
+        for method in sorted(errors, key=lambda method: -self.single[method]):
+            if _counts(*gain_db(errors[method], errors[self.best])):
+                self.best = method
+                break
         self.method = dict.fromkeys(given[self.best].tensors, self.best)
         self.gain: dict[str, tuple[float, int]] = {}
-        self.now = self.single[self.best]
+        self.now = errors[self.best]
         self.order = sorted(given, key=lambda method: -self.single[method])
 
     def split(self, tensors: Sequence[str], parts: int) -> list[tuple[str, ...]]:
@@ -135,7 +146,7 @@ class _Search:
     def improve(self, group: Sequence[str], most: int) -> float:
         """Try every other method on the group and keep the best if it helps; its gain in dB, also where it did not help."""
         tried: set[tuple[tuple[float, float], ...]] = {self._ends(self.method, group)}
-        found, gain = "", -np.inf
+        found, gain, better = "", -np.inf, self.now
         for method in self.order:
             trial = self.method | dict.fromkeys(group, method)
             ends = self._ends(trial, group)
@@ -143,14 +154,15 @@ class _Search:
                 continue
             tried.add(ends)
             self.count += 1
-            value = self.measure(self._ranges(trial)) - self.now
-            if value > gain:
-                found, gain = method, value
-        if gain > WORTH_DB:
+            errors = self.measure(self._ranges(trial))
+            value, doubt = gain_db(errors, self.now)
+            if value > gain and (_counts(value, doubt) or not found):
+                found, gain, better = (method if _counts(value, doubt) else ""), value, errors
+        if found:
             self.method |= dict.fromkeys(group, found)
-            self.gain |= dict.fromkeys(group, (float(gain), len(group)))
-            self.now += gain
-        return float(gain)
+            self.gain |= dict.fromkeys(group, (gain, len(group)))
+            self.now = better
+        return gain
 
     def result(self) -> Chosen:
         nothing = (0.0, 1)
@@ -158,7 +170,7 @@ class _Search:
             ranges=self._ranges(self.method),
             best=self.best,
             single_db=self.single,
-            snr_db=float(self.now),
+            snr_db=self.now.snr_db,
             choices=tuple(
                 Choice(
                     tensor=name,
@@ -180,26 +192,80 @@ class _Search:
         return replace(self.given[self.best], tensors=tensors, method="auto")
 
 
+def _counts(gain: float, doubt: float) -> bool:
+    return gain > WORTH_DB and gain > SURE * doubt
+
+
 def _used(int8: ir.Model, ranges: Ranges) -> list[str]:
     """The tensors whose range the int8 model uses, in the order of the ranges."""
     return [name for name in ranges.tensors if f"{name}{SUFFIX}" in int8.graph.initializers]
 
 
-def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Callable[[Ranges], float]:
-    """A function ranges -> SNR of the worst output in dB, of the int8 model with these ranges against FP32."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Errors:
+    """Squares of FP32 outputs and of what int8 outputs differ by, float64 [batches, outputs]."""
+
+    signal: Array
+    noise: Array
+
+    @property
+    def snr_db(self) -> float:
+        """SNR of the worst output over all batches, as `runtime.drift` defines it."""
+        return float(_worst_db(self.signal.sum(axis=0), self.noise.sum(axis=0)))
+
+
+def gain_db(after: Errors, before: Errors) -> tuple[float, float]:
+    """By how much the worst output's SNR rose, dB, and the standard error of that over the batches.
+
+    error = sqrt((n - 1) / n · sum over batches of (g_i - mean g)^2),  g_i the gain without batch i
+    """
+    gain = _difference(after.snr_db, before.snr_db)
+    count = len(after.signal)
+    if count < 2:
+        return float(gain), 0.0
+    each = [
+        _worst_db(e.signal.sum(axis=0) - e.signal, np.maximum(e.noise.sum(axis=0) - e.noise, 0))
+        for e in (after, before)
+    ]
+    gains = _difference(*each)
+    return float(gain), float(np.sqrt((count - 1) / count * np.square(gains - gains.mean()).sum()))
+
+
+def _worst_db(signal: Array, noise: Array) -> Array:
+    """10 log10(signal / noise) of the worst output (last axis), within +-HIGHEST_DB so that differences are numbers."""
+    smallest = 10 ** (-HIGHEST_DB / 10)
+    with np.errstate(invalid="ignore", over="ignore"):
+        ratio = np.where(noise > 0, signal / np.where(noise > 0, noise, 1), np.inf)
+    return np.asarray(10 * np.log10(np.clip(np.nan_to_num(ratio, nan=0.0), smallest, 1 / smallest)).min(axis=-1))
+
+
+def _difference(a: Any, b: Any) -> Array:
+    return np.asarray(np.subtract(a, b))
+
+
+def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Callable[[Ranges], Errors]:
+    """A function ranges -> errors of the int8 model with these ranges against FP32."""
     expected = list(map(graph.runner(model), batches))
+    names = [name for name, value in expected[0].items() if value.dtype.kind == "f"] or [*expected[0]]
+    signal = np.array([[_square(made[name]) for name in names] for made in expected])
     patch = patcher(model, int8)
 
-    def measure(ranges: Ranges) -> float:
+    def measure(ranges: Ranges) -> Errors:
         opened = session.open_session(patch(ranges))
-        names = [value.name for value in opened.get_outputs()]
         wanted = [value.name for value in opened.get_inputs()]
-        made = (
-            dict(zip(names, opened.run(names, {name: batch[name] for name in wanted}), strict=True)) for batch in batches
-        )
-        return drift.measure(zip(expected, made, strict=True)).worst_snr_db
+        noise = np.zeros_like(signal)
+        for row, (batch, real) in enumerate(zip(batches, expected, strict=True)):
+            made = opened.run(names, {name: batch[name] for name in wanted})
+            noise[row] = [_square(real[name] - each) for name, each in zip(names, made, strict=True)]
+        return Errors(signal=signal, noise=noise)
 
     return measure
+
+
+def _square(values: Array) -> float:
+    """Sum of squares; agreeing infinities count as 0, others make it infinite."""
+    flat = np.nan_to_num(np.asarray(values, np.float64).reshape(-1), nan=0.0)
+    return float(flat @ flat)
 
 
 def patcher(model: ir.Model, int8: ir.Model) -> Callable[[Ranges], bytes]:
@@ -261,9 +327,9 @@ def _biases(
     return found
 
 
-def _array(initializer: Initializer) -> np.ndarray:
-    return onnx.numpy_helper.to_array(initializer)
+def _array(initializer: Initializer) -> Array:
+    return np.asarray(onnx.numpy_helper.to_array(initializer))
 
 
-def _set(initializer: Initializer, array: np.ndarray) -> None:
+def _set(initializer: Initializer, array: Array) -> None:
     initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))

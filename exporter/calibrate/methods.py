@@ -182,9 +182,9 @@ def mse(found: TensorStatistics) -> Ends:
     clipped_low = n2 - 2 * lows * n1 + lows**2 * n0
     m0, m1, m2 = (each[-1] - part for each, part in zip(sums, below(highs), strict=True))
     clipped_high = m2 - 2 * highs * m1 + highs**2 * m0
-    l, h = lows[:, None], highs[None, :]
-    step = (h - l) / STEPS
-    left, right = (below(end) for end in (np.maximum(-step / 2, l), np.minimum(step / 2, h)))
+    left_end, right_end = lows[:, None], highs[None, :]
+    step = (right_end - left_end) / STEPS
+    left, right = (below(end) for end in (np.maximum(-step / 2, left_end), np.minimum(step / 2, right_end)))
     rest = sums[0][-1] - n0[:, None] - m0[None, :] - (right[0] - left[0])
     error = clipped_low[:, None] + clipped_high[None, :] + (right[2] - left[2]) + step**2 / 12 * rest
     bottom, top = np.unravel_index(int(np.argmin(error)), error.shape)
@@ -193,7 +193,9 @@ def mse(found: TensorStatistics) -> Ends:
 
 def _histogram(found: TensorStatistics) -> Histogram:
     if found.histogram is None:
-        raise CalibrationError("method", found="statistics without histograms", expected="observe(..., histograms=True)")
+        raise CalibrationError(
+            "method", found="statistics without histograms", expected="observe(..., histograms=True)"
+        )
     return found.histogram
 
 
