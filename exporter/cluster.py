@@ -8,6 +8,9 @@ What is computed where is Dask's choice; what is merged with what follows from t
 worker that dies takes nothing with it: the scheduler holds the batches of the groups that are under way, and gives them to
 another one. No more than these groups is held, however long the data are. A group is what the cache keeps.
 
+A batch that has a `path`, an .npz file, is sent as that path and read where it is used; workers that cannot read it, or find
+other bytes there, are sent the arrays.
+
 Bytes are equal only where the libraries are: a worker with another ONNX Runtime, numpy or packlight is refused.
 """
 
@@ -33,7 +36,7 @@ import onnx
 import onnx_ir as ir
 
 from exporter import graph
-from exporter.batches import Array, Batch
+from exporter.batches import Array, Batch, digest
 from exporter.calibrate import cache, statistics
 from exporter.calibrate.cache import Remembered
 from exporter.calibrate.fold import cut, fold
@@ -44,7 +47,8 @@ from runtime import drift
 from runtime import manifest as manifests
 from runtime.bundle import verify
 from runtime.drift import Drift, Totals
-from runtime.errors import PacklightError
+from runtime.errors import BundleError, PacklightError
+from runtime.probe import read_arrays
 from runtime.session import ORT_ERRORS, open_session
 
 T = TypeVar("T")
@@ -163,18 +167,47 @@ class _Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """A batch as the .npz file that it lies in, and what it must be there."""
+
+    path: str
+    names: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Chunk:
     """Batches, the number of the first, and the versions that must work on them."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[Batch | _Stored, ...]
     start: int
     versions: Mapping[str, str]
 
 
+class _Elsewhere(Exception):
+    """A file that this worker cannot read, or that holds something else here."""
+
+
+def _opened(chunk: _Chunk) -> list[Batch]:
+    """On a worker: the batches of a chunk, read where only their files are named."""
+    _require_same(chunk.versions, cache.versions(), "a worker")
+    return [_read(batch) if isinstance(batch, _Stored) else batch for batch in chunk.batches]
+
+
+def _read(stored: _Stored) -> Batch:
+    try:
+        arrays = read_arrays(Path(stored.path))
+        batch = {name: arrays[name] for name in stored.names}
+    except (OSError, KeyError, BundleError) as error:
+        raise _Elsewhere(stored.path) from error
+    if digest(batch) != stored.digest:
+        raise _Elsewhere(stored.path)
+    return batch
+
+
 def _observed(asked: _Asked, chunk: _Chunk) -> Statistics:
     """On a worker: the statistics of a chunk."""
-    _require_same(chunk.versions, cache.versions(), "a worker")
-    return _observer(asked)(chunk.batches, chunk.start)
+    return _observer(asked)(_opened(chunk), chunk.start)
 
 
 @functools.lru_cache(maxsize=1)  # a worker opens one session for all its chunks
@@ -185,9 +218,8 @@ def _observer(asked: _Asked) -> ObserveChunk:
 
 def _compared(pair: _Pair, chunk: _Chunk) -> Totals:
     """On a worker: the drift's sums over a chunk."""
-    _require_same(chunk.versions, cache.versions(), "a worker")
     run = _runner(pair)
-    return drift.total((run(batch, chunk.start + n) for n, batch in enumerate(chunk.batches)), chunk.start)
+    return drift.total((run(batch, chunk.start + n) for n, batch in enumerate(_opened(chunk))), chunk.start)
 
 
 @functools.lru_cache(maxsize=1)
@@ -224,13 +256,16 @@ def _same(given: T) -> T:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """A group under way: its value, or the future of it."""
+    """A group under way: its batches, its value or the future of it, its name in the cache."""
 
-    value: Any
+    batches: Sequence[Batch]
     start: int
-    count: int
-    size_bytes: int
+    value: Any
     key: str
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(array.nbytes for batch in self.batches for array in batch.values())
 
 
 def _grouped(
@@ -247,28 +282,36 @@ def _grouped(
     number = itertools.count()
     given = [client.submit(_same, asked, key=f"{name}-model")]
 
+    by_path = True  # until a worker cannot read one
+
+    def shipped(batch: Batch) -> Batch | _Stored:
+        path = getattr(batch, "path", None) if by_path else None
+        return _Stored(path=path, names=tuple(batch), digest=digest(batch)) if isinstance(path, str) else dict(batch)
+
     def submit(group: Sequence[Batch], start: int) -> Any:
-        chunks = (_Chunk(batches=tuple(part), start=start + at, versions=here) for at, part in cut(group, CHUNK))
+        chunks = (
+            _Chunk(batches=tuple(map(shipped, part)), start=start + at, versions=here) for at, part in cut(group, CHUNK)
+        )
         leaves = [client.submit(work, given[0], chunk, key=(f"{name}-chunk", next(number))) for chunk in chunks]
         return fold(leaves, lambda a, b: client.submit(merge, a, b, key=(f"{name}-merge", next(number))))
 
     def begin(start: int, group: Sequence[Batch]) -> _Group:
         key = memory.key(group, start) if memory is not None else ""
         known = memory.look(key, len(group)) if memory is not None else None
-        return _Group(
-            value=submit(group, start) if known is None else known,
-            start=start,
-            count=len(group),
-            size_bytes=sum(array.nbytes for batch in group for array in batch.values()),
-            key=key,
-        )
+        return _Group(batches=group, start=start, value=submit(group, start) if known is None else known, key=key)
 
     def end(group: _Group) -> Any:
+        nonlocal by_path
         if isinstance(group.value, Statistics):
             return group.value
-        value = _result(cluster, group.value, f"batches {group.start} to {group.start + group.count - 1}")
+        what = f"batches {group.start} to {group.start + len(group.batches) - 1}"
+        try:
+            value = _result(cluster, group.value, what)
+        except _Elsewhere:
+            by_path = False
+            value = _result(cluster, submit(group.batches, group.start), what)
         if memory is not None:
-            memory.keep(group.key, value, group.count)
+            memory.keep(group.key, value, len(group.batches))
         return value
 
     most = max(GROUP, AHEAD * cluster.threads) * CHUNK
@@ -277,7 +320,8 @@ def _grouped(
         for start, batch_group in cut(batches, GROUP * CHUNK):
             under_way.append(begin(start, batch_group))
             while len(under_way) > 1 and (
-                sum(each.count for each in under_way) > most or sum(each.size_bytes for each in under_way) > AHEAD_BYTES
+                sum(len(each.batches) for each in under_way) > most
+                or sum(each.size_bytes for each in under_way) > AHEAD_BYTES
             ):
                 yield end(under_way.popleft())
         while under_way:
@@ -305,7 +349,7 @@ def _result(cluster: Cluster, future: Any, what: str) -> Any:
                     f"{what}: no worker is left", found=f"none for {WORKERS_SECONDS:.0f} s", expected="at least one",
                     do="look at the workers' logs, start some, and run again",
                 ) from None  # fmt: skip
-        except PacklightError:
+        except (PacklightError, _Elsewhere):
             raise
         except KilledWorker as error:
             raise ClusterError(

@@ -205,6 +205,50 @@ def _add(a: int, b: int) -> int:
     return a + b
 
 
+class InFile(dict[str, Any]):
+    """A batch with the path of its file."""
+
+    path: str
+
+
+def in_files(folder: Path, count: int) -> Iterator[InFile]:
+    for number, batch in enumerate(data(count)):
+        found = InFile(batch)
+        found.path = str(folder / f"{number}.npz")
+        yield found
+
+
+def are_paths(to: Cluster) -> set[bool]:
+    """Of the chunks that the scheduler holds: whether files are named in them."""
+
+    def held(dask_scheduler: Any) -> set[bool]:
+        from distributed.protocol.pickle import dumps
+
+        chunks = (task for task in dask_scheduler.tasks.values() if "-chunk" in str(task.key))
+        return {b".npz" in dumps(task.run_spec) for task in chunks}
+
+    return set(to.client.run_on_scheduler(held))
+
+
+@pytest.mark.parametrize("there_too", [True, False], ids=["shared", "elsewhere"])
+def test_batches_in_files_are_sent_as_paths_where_workers_can_read_them(
+    connected: Cluster, tmp_path: Path, there_too: bool
+) -> None:
+    for number, batch in enumerate(data(LONG)):
+        other = {"x": batch["x"] + 1}  # what lies there on another machine, under the same name
+        np.savez(tmp_path / f"{number}.npz", **(batch if there_too else other))
+    sent: set[bool] = set()
+
+    def stream() -> Iterator[Batch]:
+        for number, batch in enumerate(in_files(tmp_path, LONG)):
+            if number > LONG // 2 and number % GROUP == 0:  # by then, what does not work has been tried
+                sent.update(are_paths(connected))
+            yield batch
+
+    assert there(connected, stream()) == here(LONG)
+    assert sent == {True} if there_too else False in sent
+
+
 def test_ctrl_c_keeps_whole_groups_and_drops_the_rest_and_the_next_run_goes_on(
     connected: Cluster, tmp_path: Path
 ) -> None:
