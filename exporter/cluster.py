@@ -32,6 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -130,21 +131,33 @@ def evaluate(cluster: Cluster, bundle: str | Path, batches: Iterable[Batch]) -> 
         batches: checked batches; read once.
 
     Raises:
-        BundleError: not a bundle. PacklightError: no FP32 model in it, no batches, or a batch that the models refuse.
+        BundleError: not a bundle. PacklightError: no FP32 model in it, or no batches. Others as `total`.
     """
     folder = Path(bundle)
     listed = verify(folder)
     if not (folder / manifests.FP32).is_file():
         raise PacklightError(str(folder / manifests.FP32), found="nothing", expected="the reference of the drift")
     fp32, int8 = ((folder / name).read_bytes() for name in (manifests.FP32, manifests.INT8))
-    return measure(cluster, fp32, int8, batches, listed.session)
+    found = total(cluster, fp32, int8, batches, listed.session)
+    return found.drift() if found.batches else drift.measure([])
 
 
-def measure(cluster: Cluster, fp32: bytes, int8: bytes, batches: Iterable[Batch], entries: Mapping[str, str]) -> Drift:
-    """Drift of `int8`, opened with the target's `entries`, against `fp32`, over all batches. Raises as `evaluate`."""
+def total(
+    cluster: Cluster, fp32: bytes, int8: bytes, batches: Iterable[Batch], entries: Mapping[str, str], first: int = 0
+) -> Totals:
+    """The sums of the drift of `int8` against `fp32`: `drift.total` on a cluster. There may be no batch.
+
+    Args:
+        entries: session entries of the target, for `int8`.
+        first: number of the first batch, for messages.
+
+    Raises:
+        CalibrationError: a batch that a model refuses, or on which the FP32 model gives NaN or infinity.
+        ClusterError: see `observe`.
+    """
     asked = _Pair(fp32=fp32, int8=int8, entries=tuple(sorted(entries.items())))
-    found = fold(_grouped(cluster, asked, _compared, drift.merge, batches, None), drift.merge)
-    return drift.measure([]) if found is None else found.drift()
+    found = fold(_grouped(cluster, asked, _compared, drift.merge, batches, None, first), drift.merge)
+    return drift.total([]) if found is None else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +251,15 @@ def _runner(pair: _Pair) -> Callable[[Batch, int], tuple[dict[str, Array], dict[
                 expected="shapes and values that the model takes",
                 batch=number,
             ) from error
+        for name, value in zip(names, wanted, strict=True):
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise CalibrationError(
+                    f"held-out batch {number}: output {name!r} of the FP32 model",
+                    found="NaN or infinity",
+                    expected="finite numbers",
+                    tensor=name,
+                    batch=number,
+                )
         return dict(zip(names, wanted, strict=True)), dict(zip(names, got, strict=True))
 
     return run
@@ -275,6 +297,7 @@ def _grouped(
     merge: Callable[[T, T], T],
     batches: Iterable[Batch],
     memory: Remembered | None,
+    first: int = 0,
 ) -> Iterator[T]:
     """The merged value of each group of batches, in order, with as many groups under way as the cluster can use."""
     client, name, here = cluster.client, f"packlight-{uuid.uuid4().hex[:12]}", cache.versions()
@@ -318,7 +341,7 @@ def _grouped(
     under_way: deque[_Group] = deque()
     try:
         for start, batch_group in cut(batches, GROUP * CHUNK):
-            under_way.append(begin(start, batch_group))
+            under_way.append(begin(first + start, batch_group))
             while len(under_way) > 1 and (
                 sum(len(each.batches) for each in under_way) > most
                 or sum(each.size_bytes for each in under_way) > AHEAD_BYTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from exporter.cluster import Cluster, ClusterError
 from exporter.errors import CalibrationError
 from runtime import drift
 from runtime import manifest as manifests
+from runtime.errors import PacklightError
 from runtime.session import open_session
 from tests.exporter import graphs
 from tests.runtime import models
@@ -306,6 +308,11 @@ def test_drift_of_a_bundle_on_a_cluster_is_that_of_one_process(connected: Cluste
 
     found = cluster.evaluate(connected, bundle_folder, batches())
     assert found == drift.measure(pairs())
+    some = drift.total(itertools.islice(pairs(), 5))  # a part of it here, the rest there
+    paths = (bundle_folder / name for name in (manifests.FP32, manifests.INT8))
+    rest = itertools.islice(batches(), 5, None)
+    more = cluster.total(connected, *(path.read_bytes() for path in paths), rest, listed.session, 5)
+    assert drift.merge(some, more).drift() == found
     assert found.batches == count
     assert 5 < found.worst_snr_db < 60
 
@@ -315,6 +322,8 @@ def test_heldout_batch_that_the_models_refuse_is_named(connected: Cluster, bundl
     batches[5] = {"image": graphs.noise(0, 1, 4, 16, 16)}
     with pytest.raises(CalibrationError, match="held-out batch 5: the model cannot run on it"):
         cluster.evaluate(connected, bundle_folder, batches)
+    with pytest.raises(PacklightError, match="drift of no batches"):
+        cluster.evaluate(connected, bundle_folder, [])
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "numpy", "packlight"])
