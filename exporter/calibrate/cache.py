@@ -21,7 +21,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -75,7 +74,7 @@ def versions() -> dict[str, str]:
 
 def kind_of_cpu() -> str:
     """What decides which float kernels run here: system, machine, and the extensions that ONNX Runtime asks for."""
-    return " ".join([sys.platform, platform.machine(), *cpu.flags()])
+    return " ".join([sys.platform, cpu.machine(), *cpu.flags()])
 
 
 def run_key(
