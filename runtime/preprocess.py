@@ -32,6 +32,9 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 LARGEST = 1 << 16  # pixels of a side; a typing error, not a picture
 LARGEST_NUMBER = 1e30
 
+# Of the kinds that Pillow reads these are photographs and drawings; to read some others it starts other programs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+
 # Pillow converts these to 8 bit by cutting off what is above 255, without a word
 WIDE_MODES = ("I", "F", "I;")
 
@@ -102,7 +105,8 @@ def decode(picture: Any) -> Image:
         if isinstance(picture, pillow.Image):
             opened = picture
         else:
-            with pillow.open(picture) as opened:
+            pillow.init()
+            with pillow.open(picture, formats=[kind for kind in FORMATS if kind in pillow.OPEN]) as opened:
                 opened.load()
     except Exception as error:  # a decoder that meets a damaged file raises whatever it likes
         raise InputError(name, found=_said(error), expected="a picture that Pillow can decode") from error

@@ -227,7 +227,8 @@ def _fitted(array: Array, tensor: Tensor, column: str) -> Array:
     dtype = np.dtype(tensor.dtype)
     if array.dtype != dtype:
         kept = array.dtype.kind in "iub" and dtype.kind in "iub"
-        changed = array.astype(dtype) if kept or dtype.kind == "f" else array
+        with np.errstate(over="ignore"):  # an infinity is refused with its batch, later
+            changed = array.astype(dtype) if kept or dtype.kind == "f" else array
         if changed is array or (kept and not np.array_equal(changed, array)):
             raise CalibrationError(
                 f"column {column!r}", found=f"{array.dtype} values", expected=f"what {dtype} can hold, for input {tensor.name!r}",

@@ -134,11 +134,14 @@ def test_what_does_not_decode_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (4, 4)).save(tmp_path / "script.eps")  # a program, which Pillow would have run
+    (tmp_path / "script.eps").rename(tmp_path / "script.jpg")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
     for name, says in (
         ("cut.jpg", "truncated"),
         ("empty.jpg", "no picture of a known kind"),
         ("text.png", "no picture of a known kind"),
+        ("script.jpg", "no picture of a known kind"),
         ("none.jpg", "No such file"),
         ("deep.png", "more than 8 bits a channel (I;16)"),
     ):

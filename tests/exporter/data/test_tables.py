@@ -111,6 +111,8 @@ def test_values_that_the_input_cannot_hold_are_refused(tmp_path: Path) -> None:
 def test_infinity_in_a_column_is_named_with_its_batch(tmp_path: Path) -> None:
     write(tmp_path / "r.parquet", x=[[0.0, 0.0, 0.0], [0.0, float("inf"), 0.0]])
     assert "calibration batch 1: input 'x': found infinity" in refusal(tmp_path / "r.parquet", asked(), X)
+    write(tmp_path / "large.parquet", x=[[0.0, 1e300, 0.0]])  # more than float32 holds
+    assert "calibration batch 0: input 'x': found infinity" in refusal(tmp_path / "large.parquet", asked(), X)
 
 
 def test_damaged_and_misnamed_tables_are_refused(rows: Path) -> None:
