@@ -7,7 +7,8 @@ it cannot do is done on the graph afterwards, and then the graph is held against
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,13 +16,20 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    create_calibrator,
+    quantize_static,
+)
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
 from exporter import graph
-from exporter.batches import Array
-from exporter.calibrate import Ranges
-from exporter.errors import QuantizeError
+from exporter.batches import Array, Batch
+from exporter.calibrate import Range, Ranges
+from exporter.errors import CalibrationError, QuantizeError
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, SHAPE_READERS, Plan
 from exporter.prepare import edit
 from exporter.qparams import Rounded, dequantize
@@ -31,6 +39,13 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 OWN = (QUANTIZE, DEQUANTIZE)
 # bias_code = bias / (input_scale * weight_scale) must be an int32; ORT widens weight_scale where it would not be
 INT32_LIMIT = 2**31 - 1
+ONNXRUNTIME_METHODS = MappingProxyType(
+    {
+        "minmax": CalibrationMethod.MinMax,
+        "percentile": CalibrationMethod.Percentile,
+        "entropy": CalibrationMethod.Entropy,
+    }
+)
 NOTHING_ROUNDED: Mapping[str, Rounded] = MappingProxyType({})
 
 
@@ -57,6 +72,89 @@ def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, R
     _check_plan(quantized, model, plan)
     _check_numbers(quantized, model)
     return quantized
+
+
+def ranges_by_onnxruntime(
+    model: ir.Model, tensors: Sequence[str], batches: Iterable[Batch], method: str, percentile: float = 99.99
+) -> Ranges:
+    """Ranges by ONNX Runtime's own calibrators, unchanged: the reference that people know.
+
+    Its graph runs unoptimized. Percentile cuts one share of |x| and lays the same threshold on both sides; entropy tries one
+    threshold only, the largest. Values are not counted: `elements` and `masked` are 0, and a mask's -3.4e38 is a value.
+
+    Args:
+        model: the prepared graph.
+        tensors: the tensors whose ranges are wanted (`plan.tensors`).
+        batches: read once; those with NaN are accepted, as ONNX Runtime does.
+        method: "minmax", "percentile" or "entropy".
+        percentile: for that method.
+
+    Raises:
+        CalibrationError: another method, no batches, or what ONNX Runtime raises, in its words.
+
+    Warns:
+        RuntimeWarning: percentile and entropy hold every activation of every batch in memory.
+    """
+    if method not in ONNXRUNTIME_METHODS:
+        known = ", ".join(ONNXRUNTIME_METHODS)
+        raise CalibrationError("engine onnxruntime: method", found=repr(method), expected=f"one of {known}")
+    if method != "minmax":
+        warnings.warn(
+            f"engine onnxruntime: its {method} holds every activation of every batch in memory; "
+            'engine = "packlight" does not',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    reader = _Reader(batches)
+    with tempfile.TemporaryDirectory(prefix="packlight-") as folder, quiet():
+        path = Path(folder) / "fp32.onnx"
+        path.write_bytes(graph.to_bytes(model))
+        try:
+            calibrator = create_calibrator(
+                path,
+                augmented_model_path=str(Path(folder) / "augmented.onnx"),
+                calibrate_method=ONNXRUNTIME_METHODS[method],
+                extra_options={"percentile": percentile} if method == "percentile" else {},
+            )
+            calibrator.collect_data(reader)
+            found = calibrator.compute_data()
+        except Exception as error:  # it raises ValueError, AssertionError, and onnxruntime's, which share no base
+            if reader.failed is not None:
+                raise reader.failed from None
+            raise CalibrationError(
+                "ONNX Runtime's calibrator refused the graph or the data",
+                found=f"{type(error).__name__}: {str(error)[:200]}",
+                do='use engine = "packlight"',
+            ) from error
+    missing = [name for name in tensors if name not in found]
+    if missing:
+        raise CalibrationError(
+            f"tensor {missing[0]!r}", found="no range by ONNX Runtime", expected="one", tensor=missing[0]
+        )
+    ends = {name: [float(np.squeeze(end)) for end in found[name].range_value] for name in tensors}
+    return Ranges(
+        tensors={name: Range(low=low, high=high, elements=0, masked=0) for name, (low, high) in ends.items()},
+        batches=reader.count,
+        method=f"onnxruntime {method}",
+    )
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Batches as ONNX Runtime asks for them; it may swallow what they raise, so that is kept."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
+        self.count = 0
+        self.failed: Exception | None = None
+
+    def get_next(self) -> dict[str, Array] | None:
+        try:
+            batch = next(self._batches, None)
+        except Exception as error:
+            self.failed = error
+            raise
+        self.count += batch is not None
+        return None if batch is None else dict(batch)
 
 
 def weights(quantized: ir.Model) -> dict[str, Rounded]:

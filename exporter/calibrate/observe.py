@@ -61,6 +61,7 @@ def observe(
     batches: Iterable[Batch],
     channels: Sequence[Key] = (),
     histograms: bool = False,
+    optimize: bool = True,
 ) -> Statistics:
     """Run the FP32 graph on every batch and take statistics of each named tensor.
 
@@ -74,13 +75,15 @@ def observe(
         tensors: names of float32 tensors of the graph, inputs included.
         batches: checked batches (`exporter.batches.read`); read once.
         channels: (tensor, channel_axis) whose mean per channel is wanted too.
-        histograms: whether to count values (`methods.needs_histograms`); it takes about as long as the run itself.
+        histograms: whether to count values (`methods.needs_histograms`); it takes up to as long as the run itself.
+        optimize: False runs the graph as it is written, as ONNX Runtime's calibrators do: slower, and the last bits of a
+            range are then theirs.
 
     Raises:
         CalibrationError: NaN or infinity (names batch, tensor and the node that made it), a batch the graph refuses, no
             batches, a tensor that held no value in any batch.
     """
-    look = observer(model, tensors, channels, histograms)
+    look = observer(model, tensors, channels, histograms, optimize)
     whole = fold((look(chunk, first) for first, chunk in chunks(batches)), statistics.merge)
     if whole is None:
         raise CalibrationError("calibration: no batches", found="an empty iterable", expected="at least one batch")
@@ -99,7 +102,11 @@ def chunks(batches: Iterable[Batch]) -> Iterator[tuple[int, list[Batch]]]:
 
 
 def observer(
-    model: ir.Model, tensors: Sequence[str], channels: Sequence[Key] = (), histograms: bool = False
+    model: ir.Model,
+    tensors: Sequence[str],
+    channels: Sequence[Key] = (),
+    histograms: bool = False,
+    optimize: bool = True,
 ) -> ObserveChunk:
     """A function (batches of a chunk, number of the first) -> their statistics. The session is made here, once.
 
@@ -111,7 +118,7 @@ def observer(
     names = tuple(dict.fromkeys(same.values()))
     inputs = {value.name for value in model.graph.inputs}
     wanted = [name for name in dict.fromkeys((*names, *(name for name, _ in channels))) if name not in inputs]
-    run = _runner(model, wanted) if len(tensors) > len(inputs & {*tensors}) else None
+    run = _runner(model, wanted, optimize) if len(tensors) > len(inputs & {*tensors}) else None
     workers = max(1, min(WORKERS, CHUNK, _cores()))
     scratch = threading.local()
 
@@ -192,11 +199,11 @@ def _clipped(value: ir.Value) -> ir.Value | None:
     return node.outputs[0]
 
 
-def _runner(model: ir.Model, wanted: Sequence[str]) -> Callable[[Batch], dict[str, Array]]:
+def _runner(model: ir.Model, wanted: Sequence[str], optimize: bool) -> Callable[[Batch], dict[str, Array]]:
     """Runs the whole graph on one thread and returns the wanted tensors, in the memory where ONNX Runtime made them."""
     names = list(dict.fromkeys((*wanted, *(value.name or "" for value in model.graph.outputs))))
     try:
-        opened = session.open_session(graph.to_bytes(graph.with_outputs(model, names)), threads=1)
+        opened = session.open_session(graph.to_bytes(graph.with_outputs(model, names)), threads=1, optimize=optimize)
     except BundleError as error:
         raise CalibrationError("calibration: ONNX Runtime refuses the graph", found=str(error)) from error
     inputs = [value.name for value in opened.get_inputs()]
