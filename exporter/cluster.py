@@ -138,12 +138,12 @@ def evaluate(cluster: Cluster, bundle: str | Path, batches: Iterable[Batch]) -> 
     if not (folder / manifests.FP32).is_file():
         raise PacklightError(str(folder / manifests.FP32), found="nothing", expected="the reference of the drift")
     fp32, int8 = ((folder / name).read_bytes() for name in (manifests.FP32, manifests.INT8))
-    found = total(cluster, fp32, int8, batches, listed.session)
+    found = total(cluster, fp32, int8, listed.session, batches)
     return found.drift() if found.batches else drift.measure([])
 
 
 def total(
-    cluster: Cluster, fp32: bytes, int8: bytes, batches: Iterable[Batch], entries: Mapping[str, str], first: int = 0
+    cluster: Cluster, fp32: bytes, int8: bytes, entries: Mapping[str, str], batches: Iterable[Batch], first: int = 0
 ) -> Totals:
     """The sums of the drift of `int8` against `fp32`: `drift.total` on a cluster. There may be no batch.
 

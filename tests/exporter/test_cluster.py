@@ -68,7 +68,7 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self._folder, self._file = folder, folder / "scheduler.json"
         self._environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",
             "DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE": "False",
         }
@@ -311,7 +311,7 @@ def test_drift_of_a_bundle_on_a_cluster_is_that_of_one_process(connected: Cluste
     some = drift.total(itertools.islice(pairs(), 5))  # a part of it here, the rest there
     paths = (bundle_folder / name for name in (manifests.FP32, manifests.INT8))
     rest = itertools.islice(batches(), 5, None)
-    more = cluster.total(connected, *(path.read_bytes() for path in paths), rest, listed.session, 5)
+    more = cluster.total(connected, *(path.read_bytes() for path in paths), listed.session, rest, 5)
     assert drift.merge(some, more).drift() == found
     assert found.batches == count
     assert 5 < found.worst_snr_db < 60
