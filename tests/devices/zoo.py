@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import exporter
+from exporter.recipe import parse
 from exporter.source import Source, load_python
 from tests.devices import guest
 from tests.devices.guest import ROOT
@@ -157,9 +158,9 @@ MODELS: Mapping[str, Callable[[], Model]] = {each.__name__: each for each in (li
 
 
 def export(name: str, out: Path) -> Path:
-    """The portable bundle of a model of MODELS, with the phone's file."""
+    """The portable bundle of a model of MODELS, with the phone's file and one batch to check: emulated CPUs are slow."""
     model = MODELS[name]()
-    recipe = exporter.load_recipe("portable")
+    recipe = parse(exporter.load_recipe("portable").text + "[probe]\nbatches = 1\n", "portable")
     exporter.export(model.source, recipe, calibration=model.calibration, heldout=model.heldout, out=out, ort=True)
     return out
 
