@@ -30,6 +30,7 @@ SUFFIXES = (".parquet", ".pq")
 SAVED = "state.json"  # of a folder that datasets.save_to_disk wrote
 SAVED_SPLITS = "dataset_dict.json"  # of one that holds such folders
 BLOCK = 64  # rows read at once, at least
+BUFFER = 1 << 20  # bytes of a column read at once; without it pyarrow loads a row group, which may be the whole file
 
 
 class Columns(Table):
@@ -134,7 +135,7 @@ def _blocks(file: File, wanted: Mapping[str, str], rows: int) -> Iterator[Any]:
     with files.opened(file) as stream:
         try:
             if file.suffix in SUFFIXES:
-                table = parquet.ParquetFile(stream)
+                table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER)
                 _require_columns(wanted, table.schema_arrow.names, file.name)
                 yield from table.iter_batches(batch_size=rows, columns=columns)
             else:

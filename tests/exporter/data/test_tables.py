@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from exporter import data
+from exporter.data import files, tables
 from runtime import preprocess
 from runtime.manifest import Tensor
 from tests.exporter.data.made import IDS, IMAGE, MASK, X, asked, picture, read, refusal, tokenizer
@@ -227,3 +229,32 @@ def test_column_of_text_is_prepared_by_the_text_table(tmp_path: Path) -> None:
 def test_size_of_a_batch_stands_in_one_table(rows: Path) -> None:
     both = asked(columns={}, images={"batch": 2})
     assert "[images]: batch: found one beside [columns]" in refusal(rows, both, X)
+
+
+class Told(io.BytesIO):
+    """A file that remembers how much of it was read at a time."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.amounts: list[int] = []
+
+    def read(self, amount: int | None = -1, /) -> bytes:
+        found = super().read(amount)
+        self.amounts.append(len(found))
+        return found
+
+
+@pytest.mark.parametrize("group", [500, 1_000_000])
+def test_a_file_is_read_in_small_parts_even_if_it_is_one_row_group(
+    tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).standard_normal((4000, 1024)).astype(np.float32)
+    rows = pa.FixedSizeListArray.from_arrays(values.ravel(), 1024)
+    told = Told(write(tmp_path / "r.parquet", group, x=rows).read_bytes())
+    monkeypatch.setattr(files, "opened", lambda file: contextlib.nullcontext(told))
+    wide = Tensor(name="x", dtype="float32", shape=("batch", 1024))
+    stream = data.read(tmp_path / "r.parquet", (wide,), "calibration", asked(columns={"batch": 32}))
+    np.testing.assert_array_equal(next(stream)["x"], values[:32])
+    assert sum(told.amounts) < values.nbytes / 2
+    assert sum(len(batch["x"]) for batch in stream) == 4000 - 32
+    assert max(told.amounts) <= tables.BUFFER + (1 << 16)
