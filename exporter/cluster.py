@@ -21,6 +21,7 @@ import functools
 import itertools
 import logging
 import re
+import signal
 import time
 import uuid
 import warnings
@@ -92,6 +93,8 @@ def connect(address: str, note: Note = lambda text: None) -> Iterator[Cluster]:
     """
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(_client(address, stack))
+        if LOCAL.fullmatch(address):
+            client.run(_ignore_interrupts)
         yield _checked(client, address, note)
 
 
@@ -437,6 +440,11 @@ def _checked(client: Any, address: str, note: Note) -> Cluster:
             f"cluster: workers on another kind of CPU ({'; '.join(others)}): the last bits of ranges may differ from ours"
         )
     return Cluster(client=client, cpus=tuple(sorted(cpus)), threads=sum(client.nthreads().values()))
+
+
+def _ignore_interrupts() -> None:
+    """On a worker of ours: a terminal sends Ctrl-C to all its processes; this one is stopped by the one that heeds it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _facts() -> dict[str, Any]:
