@@ -80,11 +80,11 @@ class Processes:
             "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",
             "DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE": "False",
         }
-        self._scheduler = self._start(
+        self.scheduler = self._start(
             "scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"
         )
         while not self._file.exists() or not self._file.read_text():
-            assert self._scheduler.poll() is None, "the scheduler did not start"
+            assert self.scheduler.poll() is None, "the scheduler did not start"
             time.sleep(0.05)
         self.address: str = json.loads(self._file.read_text())["address"]
         self.workers: list[subprocess.Popen[bytes]] = []
@@ -101,9 +101,9 @@ class Processes:
             self.workers.append(self._start("worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"))
 
     def stop(self) -> None:
-        for process in (*self.workers, self._scheduler):
+        for process in (*self.workers, self.scheduler):
             process.kill()
-        for process in (*self.workers, self._scheduler):
+        for process in (*self.workers, self.scheduler):
             process.wait(10)
 
 
@@ -408,6 +408,22 @@ def test_no_worker_for_too_long_ends_the_wait(processes: Processes, monkeypatch:
                 yield batch
 
         with pytest.raises(ClusterError, match="no worker is left"):
+            there(opened, stream())
+
+
+def test_scheduler_that_dies_ends_the_run_with_an_error(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+    processes.grow(1)  # the last test that needs them
+    with cluster.connect(processes.address) as opened:
+
+        def stream() -> Iterator[Batch]:
+            for number, batch in enumerate(data(LONG)):
+                if number == GROUP:
+                    processes.scheduler.kill()
+                    processes.scheduler.wait(10)
+                yield batch
+
+        with pytest.raises(ClusterError, match="the scheduler is gone"):
             there(opened, stream())
 
 
