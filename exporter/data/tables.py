@@ -11,17 +11,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from exporter.batches import Array, Batch, as_array
 from exporter.data import files, images, text
 from exporter.data.files import File
 from exporter.data.group import Left, Size, by_name, grouped, nearest, size
 from exporter.data.images import Images
-from exporter.data.table import Table
+from exporter.data.table import Table, refuse
 from exporter.data.text import Text
 from exporter.errors import CalibrationError, RecipeError
 from runtime.manifest import Tensor
@@ -33,11 +33,19 @@ BLOCK = 64  # rows read at once, at least
 BUFFER = 1 << 20  # bytes of a column read at once; without it pyarrow loads a row group, which may be the whole file
 
 
+def _pairs(value: Any) -> Any:
+    """A table as pairs: what a frozen recipe holds."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or not all(isinstance(part, str) and part for pair in pairs for part in pair):
+        refuse('{input = "column"}')
+    return pairs
+
+
 class Columns(Table):
     """`[columns]`: which column an input gets, {input = "column"}; else that of its own name. batch: rows a batch."""
 
     batch: int | None = Field(default=None, ge=1)
-    inputs: dict[str, str] = Field(default_factory=dict)
+    inputs: Annotated[tuple[tuple[str, str], ...], PlainValidator(_pairs)] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +112,8 @@ def saved(folder: File) -> list[File]:
 
 def _wanted(asked: Columns, prepare: Prepare, tensors: Sequence[Tensor]) -> dict[str, str]:
     """{input: column}, for every input that a column fills."""
-    for name in asked.inputs:
+    columns = dict(asked.inputs)
+    for name in columns:
         by_name(tensors, name, "[columns]:inputs")
     made: set[str] = set()
     if prepare.text is not None:
@@ -113,7 +122,7 @@ def _wanted(asked: Columns, prepare: Prepare, tensors: Sequence[Tensor]) -> dict
     for table, other in (("images", prepare.images), ("text", prepare.text)):
         if other is not None and other.batch is not None:
             raise RecipeError("batch", found="one beside [columns]", expected="it in [columns]", where=f"[{table}]")
-    return {tensor.name: asked.inputs.get(tensor.name, tensor.name) for tensor in tensors if tensor.name not in made}
+    return {tensor.name: columns.get(tensor.name, tensor.name) for tensor in tensors if tensor.name not in made}
 
 
 def _leading(wanted: Mapping[str, str], tensors: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 import pytest
 from PIL import Image
 
@@ -258,3 +259,12 @@ def test_a_file_is_read_in_small_parts_even_if_it_is_one_row_group(
     assert sum(told.amounts) < values.nbytes / 2
     assert sum(len(batch["x"]) for batch in stream) == 4000 - 32
     assert max(told.amounts) <= tables.BUFFER + (1 << 16)
+
+
+def test_mapping_is_a_frozen_value_and_wrong_ones_are_refused() -> None:
+    table = data.Columns.model_validate({"inputs": {"x": "a", "y": "b"}})
+    assert table.inputs == (("x", "a"), ("y", "b")) and hash(table) == hash(table.model_copy())
+    for wrong in ({"x": 1}, {"x": ""}, ["x"], "x", {"x": ["a"]}):
+        with pytest.raises(pydantic.ValidationError) as error:
+            data.Columns.model_validate({"inputs": wrong})
+        assert error.value.errors()[0]["ctx"]["expected"] == '{input = "column"}'
