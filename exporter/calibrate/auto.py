@@ -5,7 +5,8 @@ half as many in every round, try the other methods; a change that brings the out
 for a tensor alone may be wrong for the model, so nothing is decided by the tensor's own error.
 
 A few batches are a small sample: a gain counts if it is above WORTH_DB and above half its own standard error over
-the batches (jackknife, Efron 1982). So one batch with a far value does not decide, and more batches decide better.
+the batches (jackknife, Efron 1982). What one batch alone says is in
+doubt as much as it is large; more batches decide better: with 8 the choice is a guess, with 64 it holds on other data.
 
 An evaluation does not quantize again: scales and zero points of the int8 model are replaced, the int32 biases
 follow their input's scale, and weights stay as they are.
@@ -130,7 +131,7 @@ class _Search:
         errors = {method: measure(found) for method, found in given.items()}
         self.single = {method: found.snr_db for method, found in errors.items()}
         self.count = len(given)
-        self.best = next(iter(errors))  # the plainest, unless another is better for certain
+        self.best = next(iter(errors))  # the plainest, unless another is better beyond doubt
         for method in sorted(errors, key=lambda method: -self.single[method]):
             if _counts(*gain_db(errors[method], errors[self.best])):
                 self.best = method
@@ -291,7 +292,8 @@ def patcher(model: ir.Model, int8: ir.Model) -> Callable[[Ranges], bytes]:
             if bias is not None:
                 steps = _array(source) * _array(weight)
                 _set(scale, steps.reshape(_array(scale).shape).astype(np.float32))
-                _set(codes, np.rint(bias / _array(scale)).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32))
+                steps = np.maximum(_array(scale), np.finfo(np.float32).tiny)  # a dead channel's product of scales is 0
+                _set(codes, np.rint(bias / steps).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32))
         return bytes(proto.SerializeToString(deterministic=True))
 
     return patch

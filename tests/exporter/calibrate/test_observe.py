@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
 from onnxruntime.quantization.calibrate import create_calibrator
 
-from exporter import graph
-from exporter.calibrate import Range, observe
+from exporter import graph, quantize
+from exporter.calibrate import Range, distinguish, observe, statistics
 from exporter.calibrate.observe import representatives
 from exporter.errors import CalibrationError
 from tests import models
@@ -157,3 +158,81 @@ def test_observe_is_min_and_max_whatever_the_batches(rows: list[list[float]]) ->
     found = observe(NEG, ("x",), iter(batches)).ranges.tensors["x"]
     flat = [value for row in rows for value in row]
     assert low_high(found) == (min(flat), max(flat))
+
+
+def test_node_that_made_the_first_nan_is_named_not_the_one_where_it_was_seen() -> None:
+    model = graphs.model(
+        "(float[N,4] x) => (float[N,4] y) { [root] r = Sqrt(x)\n [twice] t = Add(r, r)\n [squash] y = Tanh(t) }"
+    )
+    batches: Arrays = [{"x": np.ones((1, 4), np.float32)}, {"x": np.full((1, 4), -1, np.float32)}]
+    with pytest.raises(CalibrationError) as error:
+        observe(model, ("y",), iter(batches))
+    assert (error.value.batch, error.value.tensor) == (1, "y")
+    assert "Sqrt 'root' makes the first in 'r'" in str(error.value)
+
+
+def test_first_bad_batch_of_a_chunk_is_the_one_that_is_told() -> None:
+    batches: Arrays = [{"x": np.full((1, 2), np.nan if n in (3, 5) else 1, np.float32)} for n in range(8)]
+    with pytest.raises(CalibrationError) as error:
+        observe(NEG, ("x",), iter(batches))
+    assert error.value.batch == 3
+
+
+SMALL = graphs.model(
+    "(float[N,4] x) => (float[N,2] y) { [r] h = Reshape(x, shape)\n [t] k = Transpose<perm=[0,2,1]>(h)\n"
+    " [n] m = Neg(k)\n [a] z = Relu(m)\n [s] y = ReduceSum<keepdims=0>(z, axis) }",
+    {"shape": np.array([-1, 2, 2]), "axis": np.array([1])},
+)
+
+
+def test_moved_tensors_are_looked_at_once_and_a_relu_is_seen_through() -> None:
+    same = representatives(SMALL, ("x", "h", "k", "m", "z", "y"))
+    assert same == {"x": "x", "h": "x", "k": "x", "m": "z", "z": "z", "y": "y"}
+    x = graphs.noise(3, 5, 4)
+    found = observe(SMALL, tuple(same), iter([{"x": x}])).ranges.tensors
+    assert low_high(found["k"]) == (x.min(), x.max())
+    assert low_high(found["m"]) == (max(0, -x.max()), -x.min())
+
+
+def test_statistics_are_the_same_bytes_whatever_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = stages.prepared("residual").model, stages.plan("residual")
+    batches = list(models.batches("residual", 1, 11))
+    keys = ((plan.tensors[0], 1),)
+    texts = set()
+    for workers in (1, 3):
+        monkeypatch.setattr(sys.modules[representatives.__module__], "_cores", lambda count=workers: count)
+        texts.add(statistics.to_bytes(observe(model, plan.tensors, iter(batches), keys, True)))
+    assert len(texts) == 1
+
+
+def test_int8_model_is_byte_for_byte_that_of_onnxruntimes_own_minmax() -> None:
+    """Without graph optimizations, for theirs has none: a fused kernel may sum in another order."""
+    model, plan = stages.prepared("residual").model, stages.plan("residual")
+    batches = list(models.batches("residual", 1, 4))
+    ours = observe(model, plan.tensors, iter(batches), optimize=False).ranges
+    theirs = quantize.ranges_by_onnxruntime(model, plan.tensors, iter(batches), "minmax")
+    first, second = (graph.to_bytes(quantize.to_int8(model, plan, distinguish(model, r))) for r in (ours, theirs))
+    assert first == second
+    assert theirs.batches == 4
+
+
+def test_optimized_run_gives_nearly_the_scales_of_onnxruntimes_minmax() -> None:
+    model, plan = stages.prepared("residual").model, stages.plan("residual")
+    batches = list(models.batches("residual", 1, 4))
+    ours = distinguish(model, observe(model, plan.tensors, iter(batches)).ranges)
+    theirs = distinguish(model, quantize.ranges_by_onnxruntime(model, plan.tensors, iter(batches), "minmax"))
+    for name, found in ours.tensors.items():
+        assert low_high(found) == pytest.approx(low_high(theirs.tensors[name]), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+def test_onnxruntimes_histogram_methods_warn_of_their_memory(method: str) -> None:
+    model, plan = stages.prepared("residual").model, stages.plan("residual")
+    with pytest.warns(RuntimeWarning, match="holds every activation of every batch in memory"):
+        found = quantize.ranges_by_onnxruntime(model, plan.tensors, models.batches("residual", 1, 3), method)
+    assert set(found.tensors) == set(plan.tensors)
+
+
+def test_method_that_onnxruntime_does_not_have_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="engine onnxruntime: method: found 'mse'"):
+        quantize.ranges_by_onnxruntime(NEG, ("x",), [], "mse")
