@@ -412,8 +412,9 @@ def test_no_worker_for_too_long_ends_the_wait(processes: Processes, monkeypatch:
 
 
 def test_scheduler_that_dies_ends_the_run_with_an_error(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
     processes.grow(1)  # the last test that needs them
+    with cluster.connect(processes.address):
+        monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
     with cluster.connect(processes.address) as opened:
 
         def stream() -> Iterator[Batch]:
