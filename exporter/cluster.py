@@ -5,11 +5,9 @@
                          └──────────────── on the workers ────────────────┘
 
 What is computed where is Dask's choice; what is merged with what follows from the numbers of the batches alone (`fold`). A
-worker that dies takes nothing with it: the scheduler holds the batches of the groups that are under way, and gives them to
-another one. No more than these groups is held, however long the data are. A group is what the cache keeps.
-
-A batch that has a `path`, an .npz file, is sent as that path and read where it is used; workers that cannot read it, or find
-other bytes there, are sent the arrays.
+worker that dies takes nothing with it: the scheduler holds the batches of the groups that are under way, and no others,
+however long the data are, and gives them to another one. A group is what the cache keeps. A batch that has a `path`, an
+.npz file, is sent as that path and read where it is used; workers that cannot read it, or find other bytes there, get the arrays.
 
 Bytes are equal only where the libraries are: a worker with another ONNX Runtime, numpy or packlight is refused.
 """
@@ -40,7 +38,7 @@ import onnx_ir as ir
 from exporter import graph
 from exporter.batches import Array, Batch, digest
 from exporter.calibrate import cache, statistics
-from exporter.calibrate.cache import Remembered
+from exporter.calibrate.cache import Note, Remembered
 from exporter.calibrate.fold import cut, fold
 from exporter.calibrate.observe import CHUNK, ObserveChunk, observer
 from exporter.calibrate.statistics import Statistics
@@ -54,7 +52,6 @@ from runtime.probe import read_arrays
 from runtime.session import ORT_ERRORS, open_session
 
 T = TypeVar("T")
-Note = Callable[[str], None]
 
 GROUP = 4  # chunks that are merged on the workers; a power of two, or the tree would not be that of one process
 AHEAD = 2  # chunks under way for each thread of the cluster: one runs, one waits
@@ -212,9 +209,8 @@ def _opened(chunk: _Chunk) -> list[Batch]:
 
 def _read(stored: _Stored) -> Batch:
     try:
-        arrays = read_arrays(Path(stored.path))
-        batch = {name: arrays[name] for name in stored.names}
-    except (OSError, KeyError, BundleError) as error:
+        batch = {name: array for name, array in read_arrays(Path(stored.path)).items() if name in stored.names}
+    except BundleError as error:
         raise _Elsewhere(stored.path) from error
     if digest(batch) != stored.digest:
         raise _Elsewhere(stored.path)
@@ -249,20 +245,15 @@ def _runner(pair: _Pair) -> Callable[[Batch, int], tuple[dict[str, Array], dict[
             wanted, got = (session.run(names, dict(batch)) for session in (reference, candidate))
         except ORT_ERRORS as error:
             raise CalibrationError(
-                f"held-out batch {number}: the model cannot run on it",
-                found=str(error)[:200],
-                expected="shapes and values that the model takes",
-                batch=number,
-            ) from error
+                f"held-out batch {number}: the model cannot run on it", found=str(error)[:200],
+                expected="shapes and values that the model takes", batch=number,
+            ) from error  # fmt: skip
         for name, value in zip(names, wanted, strict=True):
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise CalibrationError(
-                    f"held-out batch {number}: output {name!r} of the FP32 model",
-                    found="NaN or infinity",
-                    expected="finite numbers",
-                    tensor=name,
-                    batch=number,
-                )
+                    f"held-out batch {number}: output {name!r} of the FP32 model", found="NaN or infinity",
+                    expected="finite numbers", tensor=name, batch=number,
+                )  # fmt: skip
         return dict(zip(names, wanted, strict=True)), dict(zip(names, got, strict=True))
 
     return run
@@ -304,10 +295,9 @@ def _grouped(
 ) -> Iterator[T]:
     """The merged value of each group of batches, in order, with as many groups under way as the cluster can use."""
     client, name, here = cluster.client, f"packlight-{uuid.uuid4().hex[:12]}", cache.versions()
-    # Dask knows tasks of one kind by the first part of the key: it then gives them to whoever is idle, not to who has the model
-    number = itertools.count()
     given = [client.submit(_same, asked, key=f"{name}-model")]
-
+    # the first part of a key is the kind of task: Dask gives many of one kind to whoever is idle, and not to who has the model
+    number = itertools.count()
     by_path = True  # until a worker cannot read one
 
     def shipped(batch: Batch) -> Batch | _Stored:
@@ -315,9 +305,8 @@ def _grouped(
         return _Stored(path=path, names=tuple(batch), digest=digest(batch)) if isinstance(path, str) else dict(batch)
 
     def submit(group: Sequence[Batch], start: int) -> Any:
-        chunks = (
-            _Chunk(batches=tuple(map(shipped, part)), start=start + at, versions=here) for at, part in cut(group, CHUNK)
-        )
+        parts = ((tuple(map(shipped, part)), start + at) for at, part in cut(group, CHUNK))
+        chunks = (_Chunk(batches=part, start=at, versions=here) for part, at in parts)
         leaves = [client.submit(work, given[0], chunk, key=(f"{name}-chunk", next(number))) for chunk in chunks]
         return fold(leaves, lambda a, b: client.submit(merge, a, b, key=(f"{name}-merge", next(number))))
 
@@ -383,9 +372,7 @@ def _result(cluster: Cluster, future: Any, what: str) -> Any:
                 expected="workers with enough memory", do="give them more, or smaller batches",
             ) from error  # fmt: skip
         except CancelledError as error:
-            raise ClusterError(
-                f"{what}: the scheduler is gone", found=str(error)[:200], do="start it, and run again"
-            ) from error
+            raise ClusterError(f"{what}: the scheduler is gone", do="start it, and run again") from error
         except Exception as error:  # whatever went wrong on a worker comes back as it is
             raise ClusterError(f"{what}: a worker failed", found=f"{type(error).__name__}: {error}"[:300]) from error
 
@@ -399,7 +386,9 @@ def _client(address: str, stack: contextlib.ExitStack) -> Any:
     dask, distributed = import_module("dask"), import_module("distributed")
     # batches and models are larger than what Dask warns of; a client talks when a scheduler closes
     stack.enter_context(dask.config.set({"distributed.admin.large-graph-warning-threshold": "64GiB"}))
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    log = logging.getLogger("distributed")
+    stack.callback(log.setLevel, log.level)
+    log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of versions that differ: those that matter are compared below
@@ -423,9 +412,8 @@ def _checked(client: Any, address: str, note: Note) -> Cluster:
     try:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
     except TimeoutError as error:
-        raise ClusterError(
-            f"--cluster {address}", found="no workers", expected="at least one", do=f"start some: dask worker {address}"
-        ) from error
+        do = f"start some: dask worker {address}"
+        raise ClusterError(f"--cluster {address}", found="no workers", do=do) from error
     cpus = set()
     for worker, found in client.run(_facts, on_error="return").items():
         if isinstance(found, Exception):
