@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import pickle
-import resource
 import statistics
 import subprocess
 import sys
@@ -110,7 +109,7 @@ def child(row: str, name: str, count: int, folder: Path) -> None:
     start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+    print(json.dumps([seconds, _memory("VmHWM")]))
 
 
 def _plain(row: str, name: str, count: int, folder: Path) -> Callable[[], None]:
@@ -221,12 +220,12 @@ def flat(out: Path) -> None:
     def watched() -> Iterator[Batch]:
         for number in range(FLAT_SAMPLES):
             if number % 200 == 0:
-                memory.append((number, _resident()))
+                memory.append((number, _memory("VmRSS")))
             yield sample(number)
 
     start = time.perf_counter()
     observe(model, plan.tensors, watched(), (), True)
-    memory.append((FLAT_SAMPLES, _resident()))
+    memory.append((FLAT_SAMPLES, _memory("VmRSS")))
     seconds = time.perf_counter() - start
     out.write_text(_svg(memory), encoding="utf-8")
     early = max(m for n, m in memory if n <= FLAT_SAMPLES // 10)
@@ -237,12 +236,12 @@ def flat(out: Path) -> None:
     )
 
 
-def _resident() -> float:
-    """MB in memory now, not at most."""
+def _memory(field: str) -> float:
+    """MB in memory now (VmRSS) or at most (VmHWM). Linux; getrusage's maximum is the parent's where that was larger."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS"):
+        if line.startswith(field):
             return int(line.split()[1]) / 1024
-    return 0.0
+    raise SystemExit("memory is read from /proc, which this system has not")
 
 
 def _svg(points: list[tuple[int, float]]) -> str:

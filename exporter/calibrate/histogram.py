@@ -69,27 +69,28 @@ class Counter:
         self._counts: Array = np.zeros(0, np.int64)
 
     @staticmethod
-    def scratch() -> tuple[Array, Array]:
+    def scratch() -> tuple[Array, Array, Array]:
         """Room for the indices and the scaled values of a block; one for each thread."""
-        return np.empty(BLOCK, np.intp), np.empty(BLOCK, np.float32)
+        return np.empty(BLOCK, np.intp), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
 
-    def add(self, values: Array, low: float, high: float, index_room: Array, scaled_room: Array) -> None:
+    def add(self, values: Array, low: float, high: float, scratch: tuple[Array, Array, Array]) -> None:
         """Count float32 values, flat, all of them in [low, high], which are their smallest and largest."""
         self._widen(low, high)
         scale = np.float32(math.ldexp(1.0, -self._exponent)) if self._exponent <= 0 else None
         bins = len(self._counts)
         for start in range(0, values.size, BLOCK):
             block = values[start : start + BLOCK]
-            index, scaled = index_room[: block.size], scaled_room[: block.size]
+            index, narrow, scaled = (room[: block.size] for room in scratch)
             if scale is None:  # float32 would lose the sign of tiny values
                 whole = np.floor(np.ldexp(block.astype(np.float64), -self._exponent)) - self._first
                 index[:] = whole
-            elif self._first == 0:  # no value is below 0, and the cast cuts off as floor does
-                np.multiply(block, scale, out=index, casting="unsafe")
             else:
                 np.multiply(block, scale, out=scaled)
-                np.floor(scaled, out=scaled)
-                np.subtract(scaled, np.float32(self._first), out=index, casting="unsafe")
+                if self._first:  # else no value is below 0, and the cast cuts off as floor does
+                    np.floor(scaled, out=scaled)
+                    np.subtract(scaled, np.float32(self._first), out=scaled)
+                np.copyto(narrow, scaled, casting="unsafe")  # float32 -> int32 -> intp is twice as fast as at once
+                np.copyto(index, narrow)
             self._counts += np.bincount(index, minlength=bins)
 
     def result(self) -> Histogram:
@@ -110,7 +111,7 @@ def count(values: Array) -> Histogram:
     """The histogram of finite float32 values, at least one."""
     flat = values.reshape(-1)
     counter = Counter()
-    counter.add(flat, float(flat.min()), float(flat.max()), *Counter.scratch())
+    counter.add(flat, float(flat.min()), float(flat.max()), Counter.scratch())
     return counter.result()
 
 

@@ -137,8 +137,8 @@ def observer(
                         expected="shapes the model accepts",
                         batch=number,
                     ) from error
-            if not hasattr(scratch, "index"):
-                scratch.index, scratch.scaled = Counter.scratch()
+            if not hasattr(scratch, "rooms"):
+                scratch.rooms = Counter.scratch()
             seen = {}
             for name in names:
                 flat = values[name].reshape(-1)
@@ -146,7 +146,7 @@ def observer(
                 if counters and counted.size:
                     lock, counter = counters[name]
                     with lock:
-                        counter.add(counted, seen[name].low, seen[name].high, scratch.index, scratch.scaled)
+                        counter.add(counted, seen[name].low, seen[name].high, scratch.rooms)
             return seen, {key: _channel_sums(values[key[0]], key[1]) for key in channels}
 
         with ThreadPoolExecutor(workers) as pool:
@@ -183,8 +183,14 @@ def _moved(value: ir.Value) -> ir.Value | None:
 
 
 def _clipped(value: ir.Value) -> ir.Value | None:
-    """What the Relu or Clip that alone reads this tensor makes of it; a Clip's bounds must be constants around 0."""
-    uses = value.uses()
+    """What the Relu or Clip that alone reads this tensor makes of it; a Clip's bounds must be constants around 0.
+
+    None behind weights with NaN or infinity, which Relu and Clip would hide.
+    """
+    uses, maker = value.uses(), value.producer()
+    weights = [graph.constant(each) for each in maker.inputs] if maker is not None else []
+    if any(array is not None and array.dtype.kind == "f" and not np.isfinite(array).all() for array in weights):
+        return None
     if len(uses) != 1 or value.is_graph_output():
         return None
     (usage,) = uses

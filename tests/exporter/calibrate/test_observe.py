@@ -236,3 +236,13 @@ def test_onnxruntimes_histogram_methods_warn_of_their_memory(method: str) -> Non
 def test_method_that_onnxruntime_does_not_have_is_refused() -> None:
     with pytest.raises(CalibrationError, match="engine onnxruntime: method: found 'mse'"):
         quantize.ranges_by_onnxruntime(NEG, ("x",), [], "mse")
+
+
+def test_nan_in_a_weight_is_found_though_a_clip_would_hide_it() -> None:
+    model = graphs.model(
+        "(float[N,2] x) => (float[N,2] y) { [m] z = MatMul(x, w)\n [c] y = Clip(z, low, high) }",
+        {"w": np.array([[1, np.nan], [1, 1]], np.float32), "low": np.float32(0), "high": np.float32(6)},
+    )
+    with pytest.raises(CalibrationError, match="tensor 'z': found NaN") as error:
+        observe(model, ("z", "y"), iter([{"x": np.ones((1, 2), np.float32)}]))
+    assert "MatMul 'm' makes the first in 'z'" in str(error.value)
