@@ -96,6 +96,7 @@ def run_key(
     asked = {
         "layout": MAGIC.decode(),
         "versions": versions(),
+        "code": _code().hex(),
         "cpus": sorted(cpus) or [kind_of_cpu()],
         "calibrate": dict(table),
         "tensors": list(tensors),
@@ -249,6 +250,12 @@ def remembered(
         note: told of files that are ignored, and of a disk that is full.
     """
     return Remembered(observe_chunk, run, folder, note)
+
+
+def _code() -> bytes:
+    """Of the modules that make statistics: while packlight is being changed, its version is not."""
+    files = (Path(__file__).with_name(name) for name in ("observe.py", "statistics.py", "histogram.py"))
+    return _hash(*(file.read_bytes() for file in files if file.is_file()))
 
 
 def _hash(*parts: bytes) -> bytes:
