@@ -214,14 +214,10 @@ def average(values: Sequence[float]) -> Average | None:
 def _after(a: Average | None, b: Average | None) -> Average | None:
     if a is None or b is None:
         return a or b
-    return Average(
-        start=b.scale * a.start + b.shift, scale=a.scale * b.scale, shift=b.scale * a.shift + b.shift
-    )
+    return Average(start=b.scale * a.start + b.shift, scale=a.scale * b.scale, shift=b.scale * a.shift + b.shift)
 
 
-def _curve(
-    combine: np.ufunc, empty: float, parts: Sequence[tuple[Statistics, Array]], first: int, stop: int
-) -> Array:
+def _curve(combine: np.ufunc, empty: float, parts: Sequence[tuple[Statistics, Array]], first: int, stop: int) -> Array:
     """Segments of both parts, as wide as the whole needs them."""
     shift = segment_shift(stop)
     start = first >> shift
