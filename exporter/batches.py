@@ -1,8 +1,7 @@
 """What people have -> batches {input: array}, checked against the inputs of a graph.
 
-A batch is what one call of the model takes. Sources: any iterable of dicts, tuples or single arrays and tensors (a
-torch DataLoader is one), `.npz` and `.npy` files, and folders of them; pictures, text and tables become such an iterable
-in exporter.data. Everything streams: an iterable is read once.
+A batch is what one call of the model takes. Sources: any iterable of dicts, tuples or single arrays and tensors; a torch
+DataLoader is one, and exporter.data makes one of files. Everything streams: an iterable is read once.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import CalibrationError
-from runtime.errors import BundleError
 from runtime.manifest import Tensor
-from runtime.probe import read_arrays
 
 Array = npt.NDArray[Any]
 Batch = Mapping[str, Array]
@@ -52,8 +49,8 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
     """Yield checked batches from whatever was given.
 
     Args:
-        given: an iterable of batches, or a path: `.npz` (one array per input), `.npy` (one input), a folder of these; or
-            "random": noise, for plumbing (see `random`).
+        given: an iterable of batches, or "random": noise, for plumbing (see `random`). What lies at a path becomes an
+            iterable in exporter.data.
         tensors: the graph's inputs: name, dtype, shape.
         role: "calibration" or "heldout", for messages.
 
@@ -64,8 +61,11 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
     if isinstance(given, str) and given == RANDOM:
         yield from random(tensors, RANDOM_BATCHES, np.random.default_rng(len(role)))
         return
-    stream = _files(Path(given)) if isinstance(given, str | Path) else iter(given)
-    for number, raw in enumerate(stream):
+    if isinstance(given, str | Path):
+        raise CalibrationError(
+            role, found=f"the path {given}", expected="an iterable of batches", do="open it with exporter.data.stream"
+        )
+    for number, raw in enumerate(given):
         yield _checked(raw, tensors, role, number)
 
 
@@ -124,28 +124,6 @@ def random(tensors: Sequence[Tensor], count: int, generator: np.random.Generator
             values = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
             batch[tensor.name] = values.astype(dtype)
         yield batch
-
-
-def _files(path: Path) -> Iterator[Any]:
-    if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if entry.suffix in (".npz", ".npy"))
-        if not found:
-            raise CalibrationError(str(path), found="no .npz or .npy files", expected="one file per batch")
-        for entry in found:
-            yield from _files(entry)
-        return
-    try:
-        if path.suffix == ".npz":
-            raw: Batch | Array = read_arrays(path)
-        else:
-            with open(path, "rb") as file:
-                raw = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, BundleError) as error:
-        said = (error.found if isinstance(error, BundleError) else str(error)) or type(error).__name__
-        raise CalibrationError(
-            str(path), found=said.splitlines()[0][:120], expected="an .npz or .npy file without pickled objects"
-        ) from error
-    yield raw
 
 
 def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int) -> Batch:

@@ -6,10 +6,9 @@ leaves the old bundle or none, never half of one.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from exporter.target import Target
 from runtime import drift
 from runtime import manifest as manifests
 from runtime.bundle import Bundle, verify
-from runtime.drift import Drift
+from runtime.drift import Drift, Totals
 from runtime.errors import BundleError
 from runtime.kernels import Kernels, trace
 from runtime.manifest import Manifest
@@ -96,12 +95,18 @@ def models(fp32: bytes, int8: bytes, probes: Sequence[Probe], target: Target, *,
 
 
 def record(
-    fp32: bytes, int8: bytes, heldout: Iterable[Batch], session: Mapping[str, str], limits: ProbeLimits
+    fp32: bytes,
+    int8: bytes,
+    heldout: Iterable[Batch],
+    session: Mapping[str, str],
+    limits: ProbeLimits,
+    elsewhere: Callable[[Iterable[Batch], int], Totals] | None = None,
 ) -> Recorded:
     """Run both models on held-out batches.
 
     Drift is over all of them; the probe is the first `limits.batches` that fit `limits.max_bytes`, and one in any case.
     A batch whose outputs hold no element does not go into the probe: it would prove nothing, there or on a device.
+    `elsewhere` takes the batches behind the probe, and the number of the first; the drift is the same.
 
     Raises:
         CalibrationError: no held-out batch, none with an element in its outputs, one that ONNX Runtime refuses, or one on
@@ -109,12 +114,13 @@ def record(
     """
     probes: list[Probe] = []
     size = 0
+    stream = enumerate(heldout)
     reference, candidate = open_session(fp32, threads=THREADS), open_session(int8, threads=THREADS, entries=session)
     names = [output.name for output in reference.get_outputs()]
 
     def outputs() -> Iterator[tuple[Batch, Batch]]:
         nonlocal size
-        for number, batch in enumerate(heldout):
+        for number, batch in stream:
             try:
                 wanted = dict(zip(names, reference.run(names, dict(batch)), strict=True))
                 got = dict(zip(names, candidate.run(names, dict(batch)), strict=True))
@@ -132,16 +138,19 @@ def record(
                 probes.append(Probe(inputs=batch, fp32=wanted, int8=got))
                 size += bytes_here
             yield wanted, got
+            if elsewhere is not None and (len(probes) == limits.batches or size >= limits.max_bytes):
+                return
 
-    pairs = outputs()
-    first = next(pairs, None)
-    if first is None:
+    totals = drift.total(outputs())
+    if elsewhere is not None and totals.batches:
+        totals = drift.merge(totals, elsewhere((batch for _, batch in stream), totals.batches))
+    if not totals.batches:
         raise CalibrationError(
             "held-out data: no batches that calibration has not seen",
             expected="at least one",
             do="give held-out batches of their own, or more calibration batches to split",
         )
-    measured = drift.measure(itertools.chain([first], pairs))
+    measured = totals.drift()
     if not probes:
         raise CalibrationError(
             "held-out data: outputs",

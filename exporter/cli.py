@@ -64,7 +64,7 @@ def run(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="One batch a file: .npz (an array per input) or .npy, or a folder of them; or file.py:function; "
+            help="Files, a folder or a URL of .npz, .npy, pictures, .txt or Parquet (docs/data.md); or file.py:function; "
             "or the word random, for plumbing only.",
         ),
     ] = None,
@@ -81,6 +81,9 @@ def run(
         Path | None, typer.Option(metavar="FOLDER", help="Pictures for a sample whose calibration(images) takes them.")
     ] = None,
     ort: Annotated[bool, typer.Option("--ort", help="Write model.int8.ort for phones too, and prove it.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out and count pictures that do not decode.")
+    ] = False,
     max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Fail if the model that ships is larger, as in 6MB.")
     ] = None,
@@ -104,7 +107,7 @@ def run(
     asked = load_recipe(named) if named else None
     model, seen, unseen, sample = given.model_and_data(source, task, calibration, heldout, images)
     chosen = asked or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
-    report = _export(model, limited(chosen, limits), seen, unseen, out, ort)
+    report = _export(model, limited(chosen, limits), seen, unseen, out, ort, skip_bad)
     _finish(report, _scores(out, sample), out, as_json)
 
 
@@ -198,10 +201,14 @@ def forecast_model(
     typer.echo(canonical(found) if as_json else forecast_text.render(found, model.name) + "\n", nl=False)
 
 
-def _export(source: Source, recipe: Recipe, seen: Any, unseen: Any, out: Path, ort: bool = False) -> Report:
+def _export(
+    source: Source, recipe: Recipe, seen: Any, unseen: Any, out: Path, ort: bool = False, skip_bad: bool = False
+) -> Report:
     try:
         with Terminal() as progress:
-            return export(source, recipe, calibration=seen, heldout=unseen, out=out, ort=ort, progress=progress)
+            return export(
+                source, recipe, calibration=seen, heldout=unseen, out=out, ort=ort, skip_bad=skip_bad, progress=progress
+            )
     except KeyboardInterrupt:
         raise PacklightError(
             "interrupted", found="Ctrl-C", do="run it again; no half-written bundle was left"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exporter import batches
+from exporter.data import files
 from exporter.errors import CalibrationError, RecipeError, TraceError
 from exporter.source import Sample, Source, from_file, from_onnx, from_pretrained, from_program, load_python
 from runtime.errors import PacklightError
@@ -54,7 +55,7 @@ def data(function: Callable[..., Any] | None, given: str | None, images: Path | 
 
 def _given(text: str | None) -> Any:
     """A path, the word random, or what file.py:function returns."""
-    if text is None or text == batches.RANDOM or ":" not in text or Path(text).exists():
+    if text is None or text == batches.RANDOM or files.is_remote(text) or ":" not in text or Path(text).exists():
         return text
     path, _, name = text.rpartition(":")
     if not Path(path).is_file():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from exporter import batches, bundle, calibrate, correct, graph, lint, place, prepare, report, target, trace
+from exporter import batches, bundle, calibrate, correct, data, graph, lint, place, prepare, report, target, trace
+from exporter import recipe as recipes
 from exporter.correct import bias
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
@@ -20,6 +21,7 @@ def export(
     heldout: Any = None,
     out: str | Path = "build/model",
     ort: bool = False,
+    skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Trace, calibrate, quantize, prove, and write a bundle.
@@ -28,10 +30,11 @@ def export(
         source: `from_module`, `from_onnx`, `from_program`.
         recipe: `load_recipe("portable")`, or your own file.
         calibration: batches whose ranges are taken: an iterable of {input: array}, tuples or tensors, a DataLoader, or
-            a path of `.npz`/`.npy` files. Read once.
+            a path or URL of arrays, pictures, text or tables (docs/data.md). Read once.
         heldout: other batches, on which drift is measured; without them every fourth calibration batch is kept apart.
         out: the bundle's folder; written at the end, at once.
         ort: write model.int8.ort for phones too, and prove that it runs as the .onnx file does.
+        skip_bad: leave out and count pictures that do not decode, where else they are refused.
         progress: told what is being done.
 
     Raises:
@@ -42,15 +45,19 @@ def export(
     tell = progress or Silent()
     out = Path(out)
     bundle.require_place(out)
-    batches.require(calibration, "calibration")
+    asked = recipes.data(recipe)
+    data.require(calibration, "calibration", asked)
     if heldout is not None:
-        batches.require(heldout, "heldout")
+        data.require(heldout, "heldout", asked)
     cpu = target.by_name(recipe.target)
     require_own_text(recipe)
 
     tell.stage("trace the model and prove the graph")
     traced = trace.to_onnx(source)
-    split = batches.split(calibration, heldout, graph.inputs(traced.model))
+    inputs = graph.inputs(traced.model)
+    seen = data.stream(calibration, inputs, "calibration", asked, skip_bad=skip_bad)
+    unseen = None if heldout is None else data.stream(heldout, inputs, "heldout", asked, skip_bad=skip_bad)
+    split = batches.split(seen, unseen, inputs)
 
     tell.stage("rewrite the graph so that it quantizes well")
     prepared = prepare.to_quantizable(traced.model, split.first)

@@ -114,7 +114,7 @@ def ranges_by_onnxruntime(
                 path,
                 augmented_model_path=str(Path(folder) / "augmented.onnx"),
                 calibrate_method=ONNXRUNTIME_METHODS[method],
-                extra_options={"percentile": percentile} if method == "percentile" else {},
+                extra_options={"percentile": percentile},  # the other methods do not read it
             )
             calibrator.collect_data(reader)
             found = calibrator.compute_data()

@@ -18,6 +18,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from exporter import target
+from exporter.data import Asked, Columns, Images, Text
 from exporter.errors import RecipeError
 
 if sys.version_info >= (3, 11):
@@ -26,6 +27,7 @@ else:
     import tomli as tomllib
 
 FORMAT = 1
+OURS = ("toml", "folder")  # of a Recipe, and no key of its file
 
 
 class _Table(BaseModel):
@@ -66,7 +68,7 @@ class Probe(_Table):
 
 
 class Recipe(_Table):
-    """A whole recipe. `text` is the TOML it was read from, which goes into the bundle."""
+    """A whole recipe. `toml` is the text it was read from, which goes into the bundle; `folder` is where it lay."""
 
     format: Literal[1]
     name: str = Field(min_length=1)
@@ -75,7 +77,11 @@ class Recipe(_Table):
     probe: Probe = Probe()
     rules: tuple[Rule, ...] = ()
     budget: Budget = Budget()
-    text: str = Field(default="", exclude=True, repr=False)
+    images: Images | None = None
+    text: Text | None = None
+    columns: Columns | None = None
+    toml: str = Field(default="", exclude=True, repr=False)
+    folder: Path = Field(default=Path(), exclude=True, repr=False)
 
 
 def presets() -> tuple[str, ...]:
@@ -95,7 +101,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return parse(text, f"{name_or_path}.toml")
     path = Path(name_or_path)
     try:
-        return parse(path.read_text(encoding="utf-8"), path.name)
+        return parse(path.read_text(encoding="utf-8"), path.name, path.parent)
     except (OSError, UnicodeDecodeError) as error:
         near = difflib.get_close_matches(str(name_or_path), known, n=1, cutoff=0.4)
         raise RecipeError(
@@ -106,16 +112,17 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         ) from error
 
 
-def parse(text: str, where: str) -> Recipe:
-    """TOML text -> Recipe; `where` names it in errors."""
+def parse(text: str, where: str, folder: Path = Path()) -> Recipe:
+    """TOML text -> Recipe; `where` names it in errors, its relative paths begin at `folder`."""
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError("not TOML", found=str(error), where=where) from error
-    if "text" in given:
-        raise RecipeError("unknown key 'text'", where=where)
+    for name in OURS:
+        if name in given:
+            raise RecipeError(f"unknown key {name!r}", where=where)
     try:
-        recipe = Recipe.model_validate(_frozen(given) | {"text": text})
+        recipe = Recipe.model_validate(_frozen(given) | {"toml": text, "folder": folder})
     except pydantic.ValidationError as error:
         raise _ours(error, where) from error
     target.by_name(recipe.target, f"{where}:target")
@@ -139,15 +146,22 @@ def limited(recipe: Recipe, limits: Mapping[str, float | None]) -> Recipe:
         return recipe
     require_own_text(recipe)
     lines = [f"{name} = {limit}" for name, limit in asked.items()]
-    table = re.search(r"^[ \t]*\[[ \t]*budget[ \t]*\].*$", recipe.text, flags=re.MULTILINE)
-    if (table is not None) != ("budget" in tomllib.loads(recipe.text)):  # inline, dotted, or a line of some text
+    table = re.search(r"^[ \t]*\[[ \t]*budget[ \t]*\].*$", recipe.toml, flags=re.MULTILINE)
+    if (table is not None) != ("budget" in tomllib.loads(recipe.toml)):  # inline, dotted, or a line of some text
         raise RecipeError(
             "budget: no place to add a limit", found="no line [budget]", expected="its limits under [budget]",
             do="write the limit into the recipe", where=recipe.name,
         )  # fmt: skip
     if table is None:
-        return parse("\n".join([recipe.text.rstrip("\n"), "", "[budget]", *lines, ""]), recipe.name)
-    return parse("\n".join([recipe.text[: table.end()], *lines]) + recipe.text[table.end() :], recipe.name)
+        return parse("\n".join([recipe.toml.rstrip("\n"), "", "[budget]", *lines, ""]), recipe.name, recipe.folder)
+    return parse(
+        "\n".join([recipe.toml[: table.end()], *lines]) + recipe.toml[table.end() :], recipe.name, recipe.folder
+    )
+
+
+def data(recipe: Recipe) -> Asked:
+    """What the recipe says of data."""
+    return Asked(images=recipe.images, text=recipe.text, columns=recipe.columns, folder=recipe.folder)
 
 
 def require_own_text(recipe: Recipe) -> None:
@@ -157,13 +171,13 @@ def require_own_text(recipe: Recipe) -> None:
         RecipeError: made or changed in Python, not read from TOML.
     """
     try:
-        same = parse(recipe.text, "text") == recipe
+        same = parse(recipe.toml, "text", recipe.folder) == recipe
     except RecipeError:
         same = False
     if not same:
         raise RecipeError(
             f"recipe {recipe.name!r}: its text",
-            found="other values than the recipe's" if recipe.text else "nothing",
+            found="other values than the recipe's" if recipe.toml else "nothing",
             expected="the TOML it was read from",
             do="write it as TOML and read that with load_recipe",
         )
@@ -203,7 +217,15 @@ def _ours(error: pydantic.ValidationError, where: str) -> RecipeError:
     )
 
 
-_TABLES: dict[str, type[BaseModel]] = {"calibrate": Calibrate, "probe": Probe, "rules": Rule, "budget": Budget}
+_TABLES: dict[str, type[BaseModel]] = {
+    "calibrate": Calibrate,
+    "probe": Probe,
+    "rules": Rule,
+    "budget": Budget,
+    "images": Images,
+    "text": Text,
+    "columns": Columns,
+}
 
 
 def _fields(path: list[str]) -> list[str]:
@@ -213,4 +235,4 @@ def _fields(path: list[str]) -> list[str]:
         if part.isdigit():
             continue
         table = _TABLES[part]
-    return [name for name in table.model_fields if name != "text"]
+    return [name for name in table.model_fields if name not in OURS]

@@ -67,6 +67,14 @@ def measure(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) ->
 
     Source: SNR as ONNX Runtime's qdq_loss_debug.compute_signal_to_quantization_noice_ratio computes it.
     """
+    found = total(pairs)
+    if not found.batches:
+        raise PacklightError("drift of no batches", do="give at least one (reference, candidate) pair")
+    return found.drift()
+
+
+def total(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]], start: int = 0) -> Totals:
+    """What `measure` adds up, of some of the batches; `start` is the number of the first, for messages. May be empty."""
     sums: dict[str, _Sums] = {}
     batches = 0
     for batches, (reference, candidate) in enumerate(pairs, start=1):
@@ -74,38 +82,92 @@ def measure(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) ->
             sums = {name: _Sums() for name in reference}
         for side in (reference, candidate):
             if side.keys() != sums.keys():
-                raise PacklightError(f"batch {batches - 1}", found=_names(side), expected=f"outputs {_names(sums)}")
-        for name, total in sums.items():
+                raise PacklightError(
+                    f"batch {start + batches - 1}", found=_names(side), expected=f"outputs {_names(sums)}"
+                )
+        for name, one in sums.items():
             r, c = np.asarray(reference[name]), np.asarray(candidate[name])
             if r.shape != c.shape:
-                where = f"batch {batches - 1}, output {name}"
+                where = f"batch {start + batches - 1}, output {name}"
                 raise PacklightError(
                     where, found=f"shape {list(c.shape)}", expected=f"{list(r.shape)} of the reference"
                 )
             with np.errstate(invalid="ignore", over="ignore"):  # inf is how a disagreement in kind is counted
-                total.add(r, c)
-    if not batches:
-        raise PacklightError("drift of no batches", do="give at least one (reference, candidate) pair")
-    return Drift(outputs=tuple(total.result(name) for name, total in sums.items()), batches=batches)
+                one.add(r, c)
+    return Totals(sums=sums, batches=batches)
+
+
+def merge(first: Totals, second: Totals) -> Totals:
+    """The totals of both. Exact: shards of the batches, merged in any order, give the bits of one pass."""
+    if not first.batches or not second.batches:
+        return first if first.batches else second
+    if first.sums.keys() != second.sums.keys():
+        raise PacklightError("merge", found=_names(second.sums), expected=f"outputs {_names(first.sums)}")
+    return Totals(
+        sums={name: one.merged(second.sums[name]) for name, one in first.sums.items()},
+        batches=first.batches + second.batches,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over some batches, of each output."""
+
+    sums: Mapping[str, _Sums]
+    batches: int
+
+    def drift(self) -> Drift:
+        return Drift(outputs=tuple(one.result(name) for name, one in self.sums.items()), batches=self.batches)
+
+
+class _Exact:
+    """A sum of float64 that is rounded once, when it is read, so that the order of what is added does not matter.
+
+    Every finite float64 is a whole number of 2^-1074, the smallest one; Python's integers have no end.
+    """
+
+    UNIT = 1 << 1074
+
+    def __init__(self, whole: int = 0, other: float = 0.0) -> None:
+        self.whole, self.other = whole, other
+
+    def add(self, term: float) -> None:
+        if math.isfinite(term):
+            above, below = term.as_integer_ratio()
+            self.whole += above * (self.UNIT // below)
+        else:
+            self.other += term
+
+    def merged(self, second: _Exact) -> _Exact:
+        return _Exact(self.whole + second.whole, self.other + second.other)
+
+    def value(self) -> float:
+        if self.other != 0.0:  # inf or NaN
+            return self.other
+        try:
+            return self.whole / self.UNIT
+        except OverflowError:
+            return math.inf if self.whole > 0 else -math.inf
 
 
 class _Sums:
     """What one output needs to remember of the batches it has seen."""
 
     def __init__(self) -> None:
-        self.rr = self.cc = self.rc = self.ee = 0.0
-        self.abs_sum = self.abs_max = 0.0
+        self.rr, self.cc, self.rc, self.ee, self.abs_sum = _Exact(), _Exact(), _Exact(), _Exact(), _Exact()
+        self.abs_max = 0.0
         self.elements = self.rows = self.same_rows = 0
         self.class_like = True
 
     def add(self, reference: Array, candidate: Array) -> None:
         for r, c in _blocks(reference, candidate):
             e = np.abs(r - c)
-            self.rr += float(r @ r)
-            self.cc += float(c @ c)
-            self.rc += float(r @ c)
-            self.ee += float(e @ e)
-            self.abs_sum += float(e.sum())
+            # not r @ r: BLAS cuts a long product among threads, and the last bits depend on how many there are
+            self.rr.add(float(np.square(r).sum()))
+            self.cc.add(float(np.square(c).sum()))
+            self.rc.add(float((r * c).sum()))
+            self.ee.add(float(np.square(e).sum()))
+            self.abs_sum.add(float(e.sum()))
             self.abs_max = max(self.abs_max, float(e.max()))
             self.elements += e.size
         self.class_like &= _class_like(reference)
@@ -113,14 +175,25 @@ class _Sums:
             self.rows += reference.shape[0]
             self.same_rows += int((reference.argmax(axis=1) == candidate.argmax(axis=1)).sum())
 
+    def merged(self, second: _Sums) -> _Sums:
+        both = _Sums()
+        for name in ("rr", "cc", "rc", "ee", "abs_sum"):
+            setattr(both, name, getattr(self, name).merged(getattr(second, name)))
+        both.abs_max = max(self.abs_max, second.abs_max)
+        both.elements = self.elements + second.elements
+        both.rows, both.same_rows = self.rows + second.rows, self.same_rows + second.same_rows
+        both.class_like = self.class_like and second.class_like
+        return both
+
     def result(self, name: str) -> OutputDrift:
+        rr, cc, rc, ee = (total.value() for total in (self.rr, self.cc, self.rc, self.ee))
         return OutputDrift(
             name=name,
-            snr_db=_snr_db(self.rr, self.ee),
-            cosine=1.0 if self.ee == 0 else _cosine(self.rr, self.cc, self.rc),
+            snr_db=_snr_db(rr, ee),
+            cosine=1.0 if ee == 0 else _cosine(rr, cc, rc),
             max_abs=self.abs_max,
-            mean_abs=self.abs_sum / self.elements if self.elements else 0.0,
-            rms=math.sqrt(self.ee / self.elements) if self.elements else 0.0,
+            mean_abs=self.abs_sum.value() / self.elements if self.elements else 0.0,
+            rms=math.sqrt(ee / self.elements) if self.elements else 0.0,
             same_top1=self.same_rows / self.rows if self.class_like and self.rows else None,
             elements=self.elements,
         )

@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 
 from runtime.errors import BundleError
+from runtime.preprocess import Preprocessing
+from runtime.preprocess import read as _preprocessing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,6 +109,7 @@ class Manifest:
     recorded_on: Machine
     session: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     budget: Budget = field(default_factory=Budget)
+    preprocessing: Preprocessing | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -213,7 +216,7 @@ def _manifest(value: object, at: _Place) -> Manifest:
             do="made by a newer packlight; upgrade packlight on this machine",
         )
     table = _table(value, at, Manifest)
-    return Manifest(
+    found = Manifest(
         format=_format(table["format"], at.key("format")),
         name=_text(table["name"], at.key("name")),
         target=_text(table["target"], at.key("target")),
@@ -225,8 +228,15 @@ def _manifest(value: object, at: _Place) -> Manifest:
         recorded_on=_machine(table["recorded_on"], at.key("recorded_on")),
         session=_session(table["session"], at.key("session")),
         budget=_budget(table["budget"], at.key("budget")),
+        preprocessing=_preprocessing(table["preprocessing"], at.key("preprocessing")),
         versions=_mapping(table["versions"], at.key("versions"), _text),
     )
+    wanted = found.preprocessing
+    if wanted is not None and (wanted.input, wanted.dtype) not in {(each.name, each.dtype) for each in found.inputs}:
+        at.key("preprocessing").refuse(
+            found=f"{wanted.dtype} for {wanted.input!r}", expected="one of the inputs, and its dtype"
+        )
+    return found
 
 
 def _table(value: object, at: _Place, kind: type) -> dict[str, object]:

@@ -22,20 +22,22 @@ STANDARD = set(sys.stdlib_module_names)
 PACKAGES = ("exporter", "runtime")
 
 # module of the runtime: what it may import besides the standard library, numpy and onnxruntime
-TERMINAL = {"cli": {"typer", "rich"}, "views": {"typer", "rich"}, "__main__": {"typer", "rich"}}
+TERMINAL = {"preprocess": {"PIL"}, "cli": {"typer", "rich"}, "views": {"typer", "rich"}, "__main__": {"typer", "rich"}}
 OWN_TERMINAL = {"cli", "terminal", "views"}
 EXPORTERS = {
     "runtime", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "networkx", "pydantic", "jinja2",
-    "tomllib", "tomli", "optimum", "transformers", "flatbuffers",
+    "tomllib", "tomli", "optimum", "transformers", "flatbuffers", "dask", "distributed", "fsspec", "tokenizers", "pyarrow",
+    "pydantic_core",
 }  # fmt: skip
 
 # the picture of ARCHITECTURE.md: what every stage may use, the stages in their order, and what stands above them
-SHARED = {"errors", "progress", "quiet", "batches", "graph", "qparams", "proof", "recipe", "target"}
+SHARED = {"errors", "data", "progress", "quiet", "batches", "graph", "qparams", "proof", "recipe", "target"}
 STAGES = (
     "source",
     "trace",
     "prepare",
     "calibrate",
+    "cluster",
     "place",
     "quantize",
     "correct",

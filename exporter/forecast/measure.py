@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporter import batches
+from exporter import batches, data
 from exporter.batches import Array, Batch
 from exporter.forecast import walk
 from exporter.forecast.layer import Clips
@@ -89,7 +89,7 @@ def of_model(
         PacklightError: a layer can clip in a way that is not followed.
     """
     ready = walk.cut(model, entries)
-    _, stream = batches.peek(batches.read(given, ready.inputs, "inputs"), "inputs")
+    _, stream = batches.peek(data.read(given, ready.inputs, "inputs"), "inputs")
     return _measure(ready, ((batch, None) for batch in stream), None, progress)
 
 

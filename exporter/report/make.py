@@ -11,7 +11,8 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from exporter import graph
+from exporter import data, graph
+from exporter import recipe as recipes
 from exporter.batches import Split
 from exporter.bundle import Models, Recorded
 from exporter.calibrate import Ranges
@@ -98,6 +99,7 @@ def manifest(
         recorded_on=Machine(machine=cpu.machine(), flags=cpu.flags()),
         session=target.session,
         budget=_budget(recipe),
+        preprocessing=data.preprocessing(recipes.data(recipe), graph.inputs(prepared.reference)),
         versions=_versions(),
     )
 
@@ -116,7 +118,7 @@ def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, models: Mo
         manifests.FP32: models.fp32,
         manifests.INT8: models.int8,
         **for_phones,
-        "recipe.toml": recipe.text.encode(),
+        "recipe.toml": recipe.toml.encode(),
         "plan.txt": plan.to_text().encode(),
         "ranges.json": ranges.to_json().encode(),
         "report.json": report.to_json().encode(),

@@ -15,7 +15,10 @@ export const DTYPES = [
 export const KEYS = {
   Manifest: [
     'format', 'name', 'target', 'inputs', 'outputs', 'files', 'pair_rule', 'exact_on', 'recorded_on', 'session', 'budget',
-    'versions',
+    'preprocessing', 'versions',
+  ],
+  Preprocessing: [
+    'input', 'channels', 'resize', 'interpolation', 'crop', 'scale', 'mean', 'std', 'layout', 'dtype',
   ],
   Tensor: ['name', 'dtype', 'shape'],
   File: ['sha256', 'size_bytes'],
@@ -61,6 +64,7 @@ export function read(bytes) {
     }
   }
   budget(root.budget);
+  if (root.preprocessing !== null) table(root.preprocessing, 'preprocessing', 'Preprocessing');
   mapping(root.versions, 'versions', text);
   return root;
 }

@@ -160,7 +160,7 @@ MODELS: Mapping[str, Callable[[], Model]] = {each.__name__: each for each in (li
 def export(name: str, out: Path) -> Path:
     """The portable bundle of a model of MODELS, with the phone's file and one batch to check: emulated CPUs are slow."""
     model = MODELS[name]()
-    recipe = parse(exporter.load_recipe("portable").text + "[probe]\nbatches = 1\n", "portable")
+    recipe = parse(exporter.load_recipe("portable").toml + "[probe]\nbatches = 1\n", "portable")
     exporter.export(model.source, recipe, calibration=model.calibration, heldout=model.heldout, out=out, ort=True)
     return out
 

@@ -62,7 +62,7 @@ def test_json_is_the_report_and_nothing_else(onnx_file: Path, data: Path, tmp_pa
 def test_budget_that_is_not_met_is_1_and_the_bundle_is_there(
     onnx_file: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    text = exporter.load_recipe("x86-vnni").text.replace("10.0", "90.0")
+    text = exporter.load_recipe("x86-vnni").toml.replace("10.0", "90.0")
     (tmp_path / "strict.toml").write_text(text)
     out = tmp_path / "b"
     assert call("export", onnx_file, "--calibration", data, "--recipe", tmp_path / "strict.toml", "--out", out) == 1
@@ -89,7 +89,7 @@ def evaluate(run): return {"mean": float(run(rows(90)[0])["y"].mean())}
 def test_python_file_brings_model_data_recipe_and_score(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "sample.py").write_text(SAMPLE)
     (tmp_path / "recipe.toml").write_text(
-        exporter.load_recipe("x86-vnni").text.replace('name   = "x86-vnni"', 'name = "mine"')
+        exporter.load_recipe("x86-vnni").toml.replace('name   = "x86-vnni"', 'name = "mine"')
     )
     assert call("export", tmp_path, "--out", tmp_path / "b") == 0
     said, _ = capsys.readouterr()

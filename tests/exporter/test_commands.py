@@ -201,7 +201,7 @@ def test_export_that_misses_a_limit_of_a_flag_is_1(tmp_path: Path, capsys: Captu
 def test_limit_that_cannot_be_held_is_refused_before_any_work(
     flags: list[str], says: str, cnn: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    (tmp_path / "own.toml").write_text(load_recipe("portable").text + "max_size_bytes = 5\n")
+    (tmp_path / "own.toml").write_text(load_recipe("portable").toml + "max_size_bytes = 5\n")
     given = data(tmp_path / "data", "image", 2, 3, 16, 16)
     args = [flag.format(recipe=tmp_path / "own.toml") for flag in flags]
     assert says in refused(capsys, "export", cnn, "--calibration", given, "--out", tmp_path / "b", *args)

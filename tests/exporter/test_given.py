@@ -22,11 +22,11 @@ from exporter.errors import RecipeError
     ],
 )
 def test_size_is_a_number_of_bytes_in_its_unit(text: str, size: int) -> None:
-    assert given.size_bytes(text) == size
+    assert given.size_bytes(text, "--max-size") == size
 
 
 def test_size_that_is_not_given_is_none() -> None:
-    assert given.size_bytes(None) is None
+    assert given.size_bytes(None, "--max-size") is None
 
 
 @pytest.mark.parametrize(
@@ -34,5 +34,7 @@ def test_size_that_is_not_given_is_none() -> None:
 )
 def test_size_that_is_none_is_refused_with_the_units(text: str) -> None:
     with pytest.raises(RecipeError) as error:
-        given.size_bytes(text)
-    assert str(error.value) == (f"size: found {text!r}, expected a number above 0 with B, KB, MB, GB, KiB, MiB or GiB")
+        given.size_bytes(text, "--max-size")
+    assert str(error.value) == (
+        f"--max-size: found {text!r}, expected a number above 0 with B, KB, MB, GB, KiB, MiB or GiB"
+    )

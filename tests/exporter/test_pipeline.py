@@ -277,7 +277,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
 
 
 def test_rule_of_the_recipe_reaches_the_plan_and_the_report(onnx_file: Path, tmp_path: Path) -> None:
-    text = VNNI.text + '\n[[rules]]\nmatch = "e"\nprecision = "float"\nwhy = "the last layer"\n'
+    text = VNNI.toml + '\n[[rules]]\nmatch = "e"\nprecision = "float"\nwhy = "the last layer"\n'
     from exporter.recipe import parse
 
     report = exporter.export(
@@ -294,7 +294,7 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
 ) -> None:
     from exporter.recipe import parse
 
-    text = VNNI.text.replace("min_snr_db = 10.0", "min_snr_db = 90.0")
+    text = VNNI.toml.replace("min_snr_db = 10.0", "min_snr_db = 90.0")
     report = exporter.export(
         exporter.from_onnx(onnx_file), parse(text, "own.toml"), batches(1, 4), batches(2, 1), out=tmp_path / "b"
     )

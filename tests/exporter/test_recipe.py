@@ -42,15 +42,15 @@ def test_presets_are_one_a_target_and_say_so() -> None:
     for name in recipe.presets():
         found = load_recipe(name)
         assert (found.name, found.target, found.format, found.rules) == (name, name, 1, ())
-        assert found.text.startswith(f"# {name}: ")
+        assert found.toml.startswith(f"# {name}: ")
         assert found.budget.min_snr_db == 10.0
 
 
 def test_presets_differ_in_name_target_and_comments_only() -> None:
-    said = {"name": "", "target": "", "text": ""}
+    said = {"name": "", "target": "", "toml": ""}
     assert len({load_recipe(name).model_copy(update=said) for name in recipe.presets()}) == 1
     for name in recipe.presets():
-        lines = [line.split("#")[0].rstrip() for line in load_recipe(name).text.splitlines()]
+        lines = [line.split("#")[0].rstrip() for line in load_recipe(name).toml.splitlines()]
         assert [line for line in lines if line] == [
             "format = 1",
             f'name   = "{name}"',
@@ -64,7 +64,7 @@ def test_presets_differ_in_name_target_and_comments_only() -> None:
 
 def test_every_line_of_a_preset_has_its_reason() -> None:
     for name in recipe.presets():
-        for line in load_recipe(name).text.splitlines():
+        for line in load_recipe(name).toml.splitlines():
             assert not line or line.startswith(("format", "name", "#", "[calibrate]")) or "#" in line, line
 
 
@@ -77,8 +77,8 @@ def test_file_is_read_whole_and_keeps_its_text(tmp_path: Path) -> None:
     ]
     assert (found.probe.batches, found.probe.max_bytes) == (2, 1000)
     assert (found.budget.min_snr_db, found.budget.max_abs, found.budget.min_cosine) == (30.0, 0.02, None)
-    assert found.text == WHOLE
-    assert recipe.parse(found.text, "again") == found
+    assert found.toml == WHOLE
+    assert recipe.parse(found.toml, "again", tmp_path) == found
 
 
 def test_equal_files_are_equal_values_that_nothing_changes() -> None:
@@ -111,10 +111,10 @@ def test_limit_is_added_to_the_budget_and_to_the_text() -> None:
         0.95,
     )
     assert found.budget.min_snr_db == before.budget.min_snr_db == 10.0
-    added = [line for line in found.text.splitlines() if line not in before.text.splitlines()]
+    added = [line for line in found.toml.splitlines() if line not in before.toml.splitlines()]
     assert added == ["max_size_bytes = 6000000", "min_integer_macs = 0.95"]
-    assert [line for line in found.text.splitlines() if line not in added] == before.text.splitlines()
-    assert recipe.parse(found.text, "again") == found
+    assert [line for line in found.toml.splitlines() if line not in added] == before.toml.splitlines()
+    assert recipe.parse(found.toml, "again") == found
     recipe.require_own_text(found)
 
 
@@ -123,7 +123,7 @@ def test_limit_finds_its_table_or_makes_one(end: str) -> None:
     before = recipe.parse(f'format = 1\nname = "mine"\ntarget = "portable"{end}', "mine.toml")
     found = recipe.limited(before, LIMITS)
     assert (found.budget.max_size_bytes, found.budget.min_integer_macs) == (6_000_000, 0.95)
-    assert found.text.count("[budget]") == 1
+    assert found.toml.count("[budget]") == 1
     assert (found.name, found.target, found.probe) == (before.name, before.target, before.probe)
     recipe.require_own_text(found)
 

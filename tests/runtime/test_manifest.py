@@ -72,6 +72,7 @@ SMALL_JSON = """{
   }
  ],
  "pair_rule": true,
+ "preprocessing": null,
  "recorded_on": {
   "flags": [
    "avx2"
