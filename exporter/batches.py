@@ -221,7 +221,8 @@ class Split:
     """
 
     EVERY = 4
-    KEPT = 8  # calibration batches kept in memory, for choosing between corrections
+    KEPT = 8  # calibration batches kept in memory at least, for choosing between corrections and ranges
+    KEPT_MOST, KEPT_BYTES = 64, 48 << 20  # more of them as long as they are small
     MOST_APART = 64  # batches kept in memory and apart, for want of held-out data
     MOST_REPEATED = 32  # repeated batches kept in memory, should there be no others
 
@@ -248,9 +249,13 @@ class Split:
                 self._apart.append(batch)
                 continue
             self._seen.add(digest(batch))
-            if len(self.kept) < self.KEPT:
+            if len(self.kept) < (self.KEPT_MOST if self._small(batch) else self.KEPT):
                 self.kept.append(batch)
             yield batch
+
+    def _small(self, batch: Batch) -> bool:
+        """Whether KEPT_MOST batches like this one would fit."""
+        return sum(array.nbytes for array in batch.values()) * self.KEPT_MOST <= self.KEPT_BYTES
 
     def heldout(self) -> Iterator[Batch]:
         stream = iter(self._apart) if self._heldout is None else self._heldout

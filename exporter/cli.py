@@ -81,6 +81,13 @@ def run(
         Path | None, typer.Option(metavar="FOLDER", help="Pictures for a sample whose calibration(images) takes them.")
     ] = None,
     ort: Annotated[bool, typer.Option("--ort", help="Write model.int8.ort for phones too, and prove it.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Calibrate on Dask workers: tcp://host:port, or local:N. The bundle has the same bytes.",
+        ),
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out and count pictures that do not decode.")
     ] = False,
@@ -107,7 +114,7 @@ def run(
     asked = load_recipe(named) if named else None
     model, seen, unseen, sample = given.model_and_data(source, task, calibration, heldout, images)
     chosen = asked or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
-    report = _export(model, limited(chosen, limits), seen, unseen, out, ort, skip_bad)
+    report = _export(model, limited(chosen, limits), seen, unseen, out, ort, skip_bad, cluster)
     _finish(report, _scores(out, sample), out, as_json)
 
 
@@ -202,17 +209,30 @@ def forecast_model(
 
 
 def _export(
-    source: Source, recipe: Recipe, seen: Any, unseen: Any, out: Path, ort: bool = False, skip_bad: bool = False
+    source: Source,
+    recipe: Recipe,
+    seen: Any,
+    unseen: Any,
+    out: Path,
+    ort: bool = False,
+    skip_bad: bool = False,
+    cluster: str | None = None,
 ) -> Report:
     try:
         with Terminal() as progress:
             return export(
-                source, recipe, calibration=seen, heldout=unseen, out=out, ort=ort, skip_bad=skip_bad, progress=progress
+                source,
+                recipe,
+                calibration=seen,
+                heldout=unseen,
+                out=out,
+                ort=ort,
+                skip_bad=skip_bad,
+                progress=progress,
+                workers=cluster,
             )
-    except KeyboardInterrupt:
-        raise PacklightError(
-            "interrupted", found="Ctrl-C", do="run it again; no half-written bundle was left"
-        ) from None
+    except KeyboardInterrupt as stop:
+        raise PacklightError(str(stop) or "interrupted; no half-written bundle was left") from None
 
 
 def _finish(report: Report, scores: dict[str, tuple[float, float]], kept: Path | None, as_json: bool) -> None:

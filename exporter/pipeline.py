@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exporter import batches, bundle, calibrate, correct, data, graph, lint, place, prepare, report, target, trace
+from exporter import (
+    batches,
+    bundle,
+    cluster,
+    collect,
+    correct,
+    data,
+    graph,
+    lint,
+    place,
+    prepare,
+    report,
+    target,
+    trace,
+)
 from exporter import recipe as recipes
-from exporter.correct import bias
+from exporter.cluster import Cluster
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
@@ -23,6 +39,7 @@ def export(
     ort: bool = False,
     skip_bad: bool = False,
     progress: Progress | None = None,
+    workers: str | None = None,
 ) -> Report:
     """Trace, calibrate, quantize, prove, and write a bundle.
 
@@ -36,6 +53,7 @@ def export(
         ort: write model.int8.ort for phones too, and prove that it runs as the .onnx file does.
         skip_bad: leave out and count pictures that do not decode, where else they are refused.
         progress: told what is being done.
+        workers: a Dask scheduler, "tcp://host:port", or "local:N" for N processes here; the bundle has the same bytes.
 
     Raises:
         TraceError, CalibrationError, RecipeError, QuantizeError, BundleError: see each stage; RunError of graph, where ONNX Runtime
@@ -43,7 +61,14 @@ def export(
             then, unless it came while the finished bundle was timed.
     """
     tell = progress or Silent()
-    out = Path(out)
+    with contextlib.nullcontext() if workers is None else cluster.connect(workers, tell.note) as there:
+        return _export(source, recipe, calibration, heldout, Path(out), ort, skip_bad, tell, there)
+
+
+def _export(
+    source: Source, recipe: Recipe, calibration: Any, heldout: Any, out: Path, ort: bool, skip_bad: bool,
+    tell: Progress, there: Cluster | None,
+) -> Report:  # fmt: skip
     bundle.require_place(out)
     asked = recipes.data(recipe)
     data.require(calibration, "calibration", asked)
@@ -55,9 +80,9 @@ def export(
     tell.stage("trace the model and prove the graph")
     traced = trace.to_onnx(source)
     inputs = graph.inputs(traced.model)
-    seen = data.stream(calibration, inputs, "calibration", asked, skip_bad=skip_bad)
-    unseen = None if heldout is None else data.stream(heldout, inputs, "heldout", asked, skip_bad=skip_bad)
-    split = batches.split(seen, unseen, inputs)
+    first = data.stream(calibration, inputs, "calibration", asked, skip_bad=skip_bad)
+    second = None if heldout is None else data.stream(heldout, inputs, "heldout", asked, skip_bad=skip_bad)
+    split = batches.split(first, second, inputs)
 
     tell.stage("rewrite the graph so that it quantizes well")
     prepared = prepare.to_quantizable(traced.model, split.first)
@@ -66,23 +91,24 @@ def export(
     plan = place.decide(prepared.model, cpu, recipe.rules, graph.shapes(prepared.model, split.first))
 
     seen = tell.each(split.calibration(), "calibrate", split.total)
-    observed = calibrate.observe(prepared.model, plan.tensors, seen, bias.channels(prepared.model, plan))
-    ranges = calibrate.distinguish(prepared.model, observed.ranges)
+    found = collect.collect(prepared.model, plan, recipe.calibrate, cpu, seen, split.kept, tell, there)
 
     tell.stage("quantize, and keep the corrections that help")
-    corrected = correct.improve(prepared.model, plan, ranges, observed.means, cpu, split.kept)
-    plan = plan.noted({paired.node: str(paired) for paired in corrected.paired})
+    corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
+    plan = plan.noted(found.notes).noted({paired.node: str(paired) for paired in corrected.paired})
 
     lint.require_sound(corrected.int8, cpu)
     fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(corrected.int8)
     unseen = tell.each(split.heldout(), "measure drift on held-out batches")
-    recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe)
+    elsewhere = partial(cluster.total, there, fp32, int8, cpu.session) if there is not None else None
+    recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe, elsewhere)
 
     tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
     models = bundle.models(fp32, int8, recorded.probes, cpu, ort=ort)
-    made = report.make(source, recipe, traced, prepared, split, plan, ranges, corrected, recorded, models)
+    left_out = data.skipped(first, second)
+    made = report.make(source, recipe, traced, prepared, split, left_out, plan, found, corrected, recorded, models)
 
     tell.stage("write the bundle, load it, time it")
-    files = report.files(made, recipe, plan, ranges, models)
+    files = report.files(made, recipe, plan, found.ranges, models)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
     return report.timed(made, out)

@@ -14,6 +14,9 @@ class Progress(Protocol):
     def stage(self, text: str) -> None:
         """A stage begins; the one before it has ended."""
 
+    def note(self, text: str) -> None:
+        """Something that a person should know, and that stops nothing."""
+
     def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
         """Hand the items on, counting them; `total` where it is known."""
         ...
@@ -23,6 +26,9 @@ class Silent:
     """Says nothing."""
 
     def stage(self, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
     def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:

@@ -35,9 +35,14 @@ class _Table(BaseModel):
 
 
 class Calibrate(_Table):
-    """How ranges are taken from the calibration batches."""
+    """How ranges are taken from the calibration batches: docs/calibration.md.
 
-    method: Literal["minmax"] = "minmax"
+    engine: "onnxruntime" is its own calibrators (minmax, percentile, entropy), which hold every activation in memory.
+    """
+
+    method: Literal["minmax", "moving-average", "percentile", "entropy", "mse", "auto"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    engine: Literal["packlight", "onnxruntime"] = "packlight"
 
 
 class Rule(_Table):

@@ -50,6 +50,9 @@ class Terminal:
         self._end()
         self._bars.add_task(text, total=1)
 
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
+
     def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
         self._end()
         bar = self._bars.add_task(text, total=total)

@@ -41,6 +41,7 @@ STAGES = (
     "place",
     "quantize",
     "correct",
+    "collect",
     "forecast",
     "ort_format",
     "mobile",

@@ -83,7 +83,11 @@ def observe(
         CalibrationError: NaN or infinity (names batch, tensor and the node that made it), a batch the graph refuses, no
             batches, a tensor that held no value in any batch.
     """
-    look = observer(model, tensors, channels, histograms, optimize)
+    return gather(observer(model, tensors, channels, histograms, optimize), batches)
+
+
+def gather(look: ObserveChunk, batches: Iterable[Batch]) -> Statistics:
+    """The statistics of all batches, by a function that makes those of a chunk; raises as `observe`."""
     whole = fold((look(chunk, first) for first, chunk in chunks(batches)), statistics.merge)
     if whole is None:
         raise CalibrationError("calibration: no batches", found="an empty iterable", expected="at least one batch")

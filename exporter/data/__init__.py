@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporter.data.images import Images
-from exporter.data.read import NOTHING, Asked, Stream, preprocessing, read, require, stream
+from exporter.data.read import NOTHING, Asked, Stream, preprocessing, read, require, skipped, stream
 from exporter.data.tables import Columns
 from exporter.data.text import Text
 
@@ -17,5 +17,6 @@ __all__ = [
     "preprocessing",
     "read",
     "require",
+    "skipped",
     "stream",
 ]

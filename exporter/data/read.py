@@ -81,6 +81,12 @@ class Stream:
         return self._hint or 0
 
 
+def skipped(*given: Any) -> tuple[str, ...]:
+    """Names of the pictures that were left out in the last pass over each stream, without their folders."""
+    streams = (each for each in given if isinstance(each, Stream))
+    return tuple(name.replace("\\", "/").rsplit("/", 1)[-1] for each in streams for name in each.left.skipped)
+
+
 def require(given: Any, role: str, asked: Asked = NOTHING) -> None:
     """Refuse what cannot be batches, and tables of the recipe that this data has no use for, before any long work.
 

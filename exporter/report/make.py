@@ -16,6 +16,7 @@ from exporter import recipe as recipes
 from exporter.batches import Split
 from exporter.bundle import Models, Recorded
 from exporter.calibrate import Ranges
+from exporter.collect import Collected
 from exporter.correct import Corrected
 from exporter.place import Plan
 from exporter.prepare import Prepared
@@ -40,8 +41,9 @@ def make(
     traced: Traced,
     prepared: Prepared,
     split: Split,
+    skipped: tuple[str, ...],
     plan: Plan,
-    ranges: Ranges,
+    collected: Collected,
     corrected: Corrected,
     recorded: Recorded,
     models: Models,
@@ -58,7 +60,10 @@ def make(
         traced_by=traced.exporter,
         proved=traced.sizes,
         rewrites=prepared.rewrites,
-        calibration_batches=ranges.batches,
+        calibration_batches=collected.ranges.batches,
+        skipped=skipped,
+        ranges_by=collected.ranges.method,
+        enough=collected.enough,
         random_data=split.random,
         repeated_batches=split.repeated,
         overlapping=split.overlapping,

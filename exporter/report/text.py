@@ -78,11 +78,15 @@ def _corrections(report: Report) -> Iterable[str]:
 
 
 def _data(report: Report) -> str:
-    text = f"{report.calibration_batches} batches calibrated, {report.drift.batches} held out"
+    text = f"{report.calibration_batches} batches calibrated ({report.ranges_by}), {report.drift.batches} held out"
     if report.overlapping:
         text += "; ALL of them were calibrated on too: drift is optimistic"
     elif report.repeated_batches:
         text += f" ({report.repeated_batches} more left out: calibration had seen them)"
+    text += f"; {report.enough}"
+    if report.skipped:
+        more = ", ..." if len(report.skipped) > 3 else ""
+        text += f"; {len(report.skipped)} pictures skipped: {', '.join(report.skipped[:3])}{more}"
     return text + ("; RANDOM data: ranges and drift mean nothing" if report.random_data else "")
 
 

@@ -57,6 +57,8 @@ class Report:
 
     proved: the sizes at which the trace was proved equal to torch, one {label: size} each.
     rewrites: {rewrite: times it matched} of the preparation.
+    skipped: names of the pictures that did not decode and were left out, as was asked.
+    ranges_by: the method of the ranges. enough: one sentence, whether more calibration data would change anything.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
     repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
     ort_bytes: size of the phone's file, where it was asked for; with it the share of its MACs in integer kernels, on how many
@@ -73,6 +75,9 @@ class Report:
     proved: tuple[Mapping[str, int], ...]
     rewrites: Mapping[str, int]
     calibration_batches: int
+    skipped: tuple[str, ...]
+    ranges_by: str
+    enough: str
     random_data: bool
     repeated_batches: int
     overlapping: bool

@@ -44,7 +44,7 @@ def test_export_writes_a_bundle_and_a_summary_of_80_columns(
     assert max(map(len, lines[:-1])) <= 80
     assert lines[0] == "asked     tiny for x86-vnni (recipe x86-vnni)"
     assert lines[-1] == f"bundle    {out}"
-    assert "6 batches calibrated, 2 held out" in said
+    assert "6 batches calibrated (minmax), 2 held out" in said
     assert err == ""
     assert call("check", out) == 0
 

@@ -251,6 +251,9 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         def stage(self, text: str) -> None:
             told.append(text)
 
+        def note(self, text: str) -> None:
+            told.append(f"note: {text}")
+
         def each(self, items: object, text: str, total: int | None = None) -> Iterator[object]:
             told.append(f"{text} {total}")
             yield from items  # type: ignore[misc]

@@ -63,7 +63,7 @@ def test_good_recipe_is_read() -> None:
         (GOOD + "[budget]\nmin_integer_macs = 95\n", "a.toml:budget:min_integer_macs", "bad value: found 95"),
         (GOOD + "[probe]\nbatches = 0\n", "a.toml:probe:batches", "bad value: found 0"),
         (GOOD + "[probe]\nbatches = true\n", "a.toml:probe:batches", "bad value: found True"),
-        (GOOD + 'text = "x"\n', "a.toml", "unknown key 'text'"),
+        (GOOD + 'toml = "x"\n', "a.toml", "unknown key 'toml'"),
         (GOOD + 'rules = "Conv"\n', "a.toml:rules", "bad value: found 'Conv'"),
         (GOOD + "calibrate = 3\n", "a.toml:calibrate", "bad value: found 3"),
         ("format = 1\nname = ", "a.toml", "not TOML"),

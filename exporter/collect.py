@@ -1,0 +1,110 @@
+"""Calibration batches -> ranges, as the recipe asks: by engine and method, from the cache where it knows, here or on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from exporter import calibrate, cluster, quantize
+from exporter.batches import Array, Batch
+from exporter.calibrate import Ranges, Statistics, auto, cache, enough, methods
+from exporter.calibrate.auto import Chosen
+from exporter.cluster import Cluster
+from exporter.correct import bias, rounding
+from exporter.place import Plan
+from exporter.progress import Progress
+from exporter.recipe import Calibrate
+from exporter.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What calibration found.
+
+    ranges: cut to what readers tell apart. means: {(layer input, channel_axis): E[x]}. notes: {node: why its output has this
+    range}, where the method chooses for each tensor. enough: one sentence, whether more data would change anything.
+    """
+
+    ranges: Ranges
+    means: Mapping[tuple[str, int], Array]
+    notes: Mapping[str, str]
+    enough: str
+
+
+def collect(
+    model: ir.Model,
+    plan: Plan,
+    asked: Calibrate,
+    target: Target,
+    batches: Iterable[Batch],
+    kept: Sequence[Batch],
+    tell: Progress,
+    there: Cluster | None,
+) -> Collected:
+    """Observe the batches and choose every range.
+
+    Args:
+        model: the prepared graph.
+        plan: says which tensors need ranges.
+        asked: the recipe's [calibrate].
+        target: whether weights must keep the pair rule, for "auto", which tries ranges on the int8 model.
+        batches: read once.
+        kept: some of them, filled while they are read (`batches.Split.kept`); "auto" compares outputs on these.
+        tell: told what is being done.
+        there: the workers to observe on, or None.
+
+    Raises:
+        CalibrationError: see calibrate.observe; KeyboardInterrupt with what to tell about the batches that are kept.
+    """
+    by_onnxruntime = asked.engine == "onnxruntime"
+    if by_onnxruntime:
+        batches = list(batches)  # read twice; ONNX Runtime keeps far more than these
+    found = _observe(model, plan, asked, batches, tell, there)
+    if by_onnxruntime:
+        ranges = quantize.ranges_by_onnxruntime(model, plan.tensors, batches, asked.method, asked.percentile)
+        return _collected(found, calibrate.distinguish(model, ranges), {})
+    if asked.method != "auto":
+        ranges = methods.ranges(found, asked.method, asked.percentile)
+        return _collected(found, calibrate.distinguish(model, ranges), {})
+    tell.stage("choose the range of each tensor by its effect on the outputs")
+    given = auto.candidates(model, found, asked.percentile)
+    rounded = rounding.under_pair_rule(model, plan)[0] if target.pairs_in_int16 else quantize.NOTHING_ROUNDED
+    int8 = quantize.to_int8(model, plan, given["minmax"], rounded)
+    chosen = auto.choose(model, int8, given, kept)
+    return _collected(found, chosen.ranges, _notes(model, chosen))
+
+
+def _collected(found: Statistics, ranges: Ranges, notes: Mapping[str, str]) -> Collected:
+    return Collected(ranges=ranges, means=found.means, notes=notes, enough=enough.judge(found).sentence)
+
+
+def _notes(model: ir.Model, chosen: Chosen) -> dict[str, str]:
+    """{node: the method of its output's range}, where it is not the best single one."""
+    method_of = {each.tensor: each for each in chosen.choices if each.method != chosen.best}
+    return {
+        node.name or "": f"range by {each.method}, {each.gain_db:+.2f} dB"
+        for node in model.graph
+        for value in node.outputs
+        if (each := method_of.get(value.name or "")) is not None
+    }
+
+
+def _observe(
+    model: ir.Model, plan: Plan, asked: Calibrate, batches: Iterable[Batch], tell: Progress, there: Cluster | None
+) -> Statistics:
+    """Statistics of the calibration batches; what an interrupted run has seen is not run again."""
+    channels = bias.channels(model, plan)
+    histograms = asked.engine == "packlight" and methods.needs_histograms(asked.method)
+    cpus = there.cpus if there is not None else ()
+    run = cache.run_key(model, plan.tensors, channels, histograms, asked.model_dump(mode="json"), cpus)
+    look = cache.remembered(
+        calibrate.observer(model, plan.tensors, channels, histograms), run, cache.place(), tell.note
+    )
+    try:
+        if there is not None:
+            return cluster.observe(there, model, plan.tensors, batches, channels, histograms, look)
+        return calibrate.gather(look, batches)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(look.interrupted()) from None
