@@ -32,8 +32,8 @@ PAIR_LIMIT = 128
 LARGEST = 127
 # weights smaller than this are zero: their scale would not be a normal float32
 NOTHING = 1e-30
-# from a fifth of the largest weights clipped to 7-bit codes, under which no pair can break the rule; 1.0 is among them
-SCALES = np.linspace(0.8, 2.0, 49)
+# from a fifth of the largest weights clipped to 7-bit codes, under which no pair can break the rule
+SCALES = np.linspace(0.8, 2.0, 41)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,13 +87,13 @@ def test_layer_whose_neighbours_have_unlike_signs_never_needed_the_rule_and_says
 def test_broken_share_and_both_snrs_are_those_of_a_case_by_hand() -> None:
     """One column 127, 127, 0, 0: the first of two pairs breaks the rule, and the nearest codes have no error at all.
 
-    Of the scales tried 1.975 is the best at which 127 has the code 64: 64 · 1.975 = 126.4, an error of 0.6 in 127.
+    Of the scales tried 1.97 is the best at which 127 has the code 64: 64 · 1.97 = 126.08, an error of 0.92 in 127.
     """
     codes, effect = one_gemm(np.array([[127.0], [127.0], [0.0], [0.0]], np.float32))
     assert codes["w"].ravel().tolist() == [64, 64, 0, 0]
     assert (effect.node, effect.broken, effect.nearest_db) == ("g", 0.5, math.inf)
-    assert effect.kept_db == pytest.approx(20 * math.log10(127 / 0.6), abs=1e-3)
-    assert str(effect) == "pair rule: 50 % of pairs would break it; weight SNR inf -> 46.5 dB"
+    assert effect.kept_db == pytest.approx(20 * math.log10(127 / 0.92), abs=1e-3)
+    assert str(effect) == "pair rule: 50 % of pairs would break it; weight SNR inf -> 42.8 dB"
 
 
 def test_effect_names_its_share_in_two_digits_and_snr_in_tenths() -> None:
