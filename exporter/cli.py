@@ -32,11 +32,17 @@ from runtime.views import show
 
 DEFAULT_RECIPE = "portable"
 
-export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-lint_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-forecast_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-targets_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-demo_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+def _app() -> typer.Typer:
+    """One command of `packlight`, which runtime.cli finds by its entry point."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+export_app = _app()
+lint_app = _app()
+forecast_app = _app()
+targets_app = _app()
+demo_app = _app()
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 

@@ -135,6 +135,11 @@ def macs(node: ir.Node, shape: Mapping[str, Shape]) -> int:
     return 0
 
 
+def is_depthwise(weight: Shape, groups: int) -> bool:
+    """Whether a Conv has one filter a channel: W is [groups, 1, kernel...]. Its integer kernel widens first, and does not pair."""
+    return weight[:2] == (groups, 1)
+
+
 def consumers(value: ir.Value) -> tuple[ir.Node, ...]:
     return tuple(dict.fromkeys(usage.node for usage in value.uses()))
 

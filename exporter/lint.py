@@ -384,7 +384,10 @@ def _pairs(layers: Sequence[_Layer], target: Target | None) -> Iterator[Finding]
         return
     for layer in layers:
         codes = layer.codes
-        if codes is None or codes.dtype != np.int8 or _is_depthwise(layer, codes) or codes.ndim < 2:
+        if codes is None or codes.dtype != np.int8 or codes.ndim < 2:
+            continue
+        groups = layer.node.attributes.get_int("group", 1)
+        if layer.op_type == "Conv" and graph.is_depthwise(codes.shape, groups):
             continue
         if codes.ndim == 2 or layer.op_type == "Conv":
             plain = ir.Node("", layer.op_type, [], layer.node.attributes.values())
@@ -397,11 +400,6 @@ def _pairs(layers: Sequence[_Layer], target: Target | None) -> Iterator[Finding]
                     expected="at most 128 in magnitude",
                     do="export for portable, or quantize with reduce_range",
                 )
-
-
-def _is_depthwise(layer: _Layer, codes: Array) -> bool:
-    """Its kernel does not pair."""
-    return layer.op_type == "Conv" and codes.shape[:2] == (layer.node.attributes.get_int("group", 1), 1)
 
 
 def _only_x86(target: Target | None) -> bool:

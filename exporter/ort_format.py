@@ -30,9 +30,9 @@ from exporter.batches import Batch
 from exporter.errors import QuantizeError
 from exporter.quiet import quiet
 from runtime.errors import BundleError
-from runtime.kernels import LISTED, Kernels, trace
+from runtime.kernels import Kernels, trace
 from runtime.manifest import OPERATORS, ORT
-from runtime.session import ORT_ERRORS, open_session
+from runtime.session import ORT_ERRORS, open_session, without
 
 SIGNED_RUN_IN_INTEGERS = "session.qdqisint8allowed"
 # A multiple of every alignment that ONNX Runtime asks for in the file; tensors keep theirs when the model moves
@@ -90,7 +90,7 @@ def convert(model: bytes, session: Mapping[str, str], target: str) -> OrtModel:
 
 def entries(model: bytes, session: Mapping[str, str], target: str) -> dict[str, str]:
     """The session's entries under which the model is optimized: the target's, and rules 1 and 2 above."""
-    fixed = {**session, LISTED: ";".join(filter(None, (session.get(LISTED, ""), "NchwcTransformer")))}
+    fixed = without(session, "NchwcTransformer")
     if not target.startswith(("x86-", "wasm")) and _has_signed_activations(onnx.load_from_string(model).graph):
         fixed.setdefault(SIGNED_RUN_IN_INTEGERS, "1")
     return fixed

@@ -8,6 +8,9 @@ import numpy as np
 
 from exporter.batches import Array
 
+# vpmaddubsw adds two u8·s8 products in int16: two codes of one sign may sum to this, for 255 · 128 < 2¹⁵ <= 255 · 129
+PAIR_LIMIT = 128
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from exporter.errors import RecipeError
 from runtime.cpu import Cpu
+from runtime.session import LISTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +112,6 @@ UNWANTED = {
     "WeightBiasQuantization": "it rounds the weight of a float layer between two int8 ones, with one scale for all channels",
     "MatMulAddFusion": "where shapes are fixed it makes MatMul and Add a Gemm, which then has no integer kernel",
 }
-LISTED = "optimization.disable_specified_optimizers"
 SESSION = {LISTED: ";".join(UNWANTED)}
 SERVER = "x86 with VNNI"
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.errors import PacklightError
-from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session
+from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session, without
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,6 @@ CONTAINERS = frozenset({"Loop", "Scan", "If"})  # their time is their bodies', w
 NCHWC, EVENT = "_nchwc", "_kernel_time"
 # The NHWC pass renames each node it moves, with a number that depends on what other passes did before it
 MOVED = r"_token_\d+$"
-LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +125,7 @@ def trace(
         PacklightError: it cannot run it on these inputs.
     """
     real = _profile(model, inputs, threads, entries, runs + 1)
-    disabled = ";".join(filter(None, (entries.get(LISTED, ""), "NchwcTransformer")))
-    plain = {**entries, "session.disable_prepacking": "1", LISTED: disabled}
+    plain = {**without(entries, "NchwcTransformer"), "session.disable_prepacking": "1"}
     shaped = _profile(model, inputs, threads, plain, 1)
     nodes: _Nodes = defaultdict(list)
     for event in real:

@@ -22,7 +22,13 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
     *(each for each in vars(ort_native).values() if isinstance(each, type) and issubclass(each, Exception)),
 )
+LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
 ERRORS_ONLY = 3  # ONNX Runtime's severity: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal
+
+
+def without(entries: Mapping[str, str], optimizer: str) -> dict[str, str]:
+    """The entries with one more optimizer switched off."""
+    return {**entries, LISTED: ";".join(filter(None, (entries.get(LISTED, ""), optimizer)))}
 
 
 def open_session(

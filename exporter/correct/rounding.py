@@ -26,9 +26,8 @@ from exporter import graph
 from exporter.batches import Array
 from exporter.correct import layers
 from exporter.place import Plan
-from exporter.qparams import Rounded
+from exporter.qparams import PAIR_LIMIT, Rounded
 
-PAIR_LIMIT = 128
 LARGEST = 127
 # weights smaller than this are zero: their scale would not be a normal float32
 NOTHING = 1e-30
@@ -105,7 +104,7 @@ def paired_layers(model: ir.Model, plan: Plan) -> list[tuple[ir.Node, ir.Value]]
 def _is_depthwise(node: ir.Node, weight: ir.Value) -> bool:
     array = graph.constant(weight)
     groups = node.attributes.get_int("group", 1)
-    return node.op_type == "Conv" and array is not None and array.shape[:2] == (groups, 1)
+    return node.op_type == "Conv" and array is not None and graph.is_depthwise(array.shape, groups)
 
 
 def fit(rows: Array) -> tuple[Array, Array]:

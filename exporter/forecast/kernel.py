@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.batches import Array
+from exporter.qparams import PAIR_LIMIT
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
-PAIR_LIMIT = 128  # 255 * 128 < 2**15 <= 255 * 129
 # 255 * 128 * 512 < 2**24: float32 holds every partial sum of so many products exactly, in whatever order BLAS adds them
 EXACT_K = 512
 AT_A_TIME = 1 << 21  # pair sums held at a time: a few arrays of 8 MB

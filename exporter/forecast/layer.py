@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from exporter import graph
 from exporter.batches import Array
 from exporter.forecast import kernel
 from exporter.forecast.kernel import Pairs
@@ -108,8 +109,7 @@ def _is(node: onnx.NodeProto, dtypes: Mapping[str, np.dtype], first: type, secon
 
 
 def _is_depthwise(node: onnx.NodeProto, weight: Array) -> bool:
-    """Its kernel widens before it multiplies, and does not pair."""
-    return weight.shape[:2] == (attribute(node, "group", 1), 1)
+    return graph.is_depthwise(weight.shape, attribute(node, "group", 1))
 
 
 def _refuse_what_is_not_followed(
