@@ -231,7 +231,7 @@ def _removable_refusal(node: ir.Node) -> str:
     return ""
 
 
-def _cost(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Cost:
+def cost(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Cost:
     """Nanoseconds of the node's kernel on each side; elementwise int8 rounds its output, and pays for it."""
     if node.op_type in target.layers:
         return _layer_cost(node, target, shapes)
@@ -280,9 +280,9 @@ def _cut(
         elif side == "int8":
             network.add_edge("int8", node)
         else:
-            cost = _cost(node, target, shapes)
-            network.add_edge("int8", node, capacity=_picoseconds(cost.float_ns))
-            network.add_edge(node, "float", capacity=_picoseconds(cost.int8_ns))
+            price = cost(node, target, shapes)
+            network.add_edge("int8", node, capacity=_picoseconds(price.float_ns))
+            network.add_edge(node, "float", capacity=_picoseconds(price.int8_ns))
         if node.op_type in REMOVABLE and not refused[node]:
             producer = node.inputs[0].producer() if node.inputs[0] is not None else None
             network.add_edge(node, producer)  # it folds into an int8 layer or not at all
