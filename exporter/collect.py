@@ -11,6 +11,7 @@ from exporter import calibrate, cluster, quantize
 from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges, Statistics, auto, cache, enough, methods
 from exporter.calibrate.auto import Chosen
+from exporter.calibrate.enough import Enough, Watch
 from exporter.cluster import Cluster
 from exporter.correct import bias, rounding
 from exporter.place import Plan
@@ -23,14 +24,17 @@ from exporter.target import Target
 class Collected:
     """What calibration found.
 
-    ranges: cut to what readers tell apart. means: {(layer input, channel_axis): E[x]}. notes: {node: why its output has this
-    range}, where the method chooses for each tensor. enough: one sentence, whether more data would change anything.
+    ranges: cut to what readers tell apart. notes: {node: why its output has this range}, where the method chooses for each tensor.
+    statistics: of the calibration batches. means: {(layer input, channel_axis): E[x]}.
     """
 
     ranges: Ranges
-    means: Mapping[tuple[str, int], Array]
     notes: Mapping[str, str]
-    enough: str
+    statistics: Statistics
+
+    @property
+    def means(self) -> Mapping[tuple[str, int], Array]:
+        return self.statistics.means
 
 
 def collect(
@@ -77,7 +81,17 @@ def collect(
 
 
 def _collected(found: Statistics, ranges: Ranges, notes: Mapping[str, str]) -> Collected:
-    return Collected(ranges=ranges, means=found.means, notes=notes, enough=enough.judge(found).sentence)
+    return Collected(ranges=ranges, notes=notes, statistics=found)
+
+
+def watch(model: ir.Model, plan: Plan) -> Watch:
+    """What looks at held-out batches as they pass, at the tensors that have ranges; it chooses nothing."""
+    return Watch(calibrate.observer(model, plan.tensors, (), histograms=True))
+
+
+def judge(model: ir.Model, collected: Collected, seen: Watch) -> Enough:
+    """Whether the calibration data were enough, by themselves and beside the held-out batches."""
+    return enough.judge(collected.statistics, seen.found, collected.ranges, model)
 
 
 def _notes(model: ir.Model, chosen: Chosen) -> dict[str, str]:

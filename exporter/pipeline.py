@@ -99,14 +99,18 @@ def _export(
 
     lint.require_sound(corrected.int8, cpu)
     fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(corrected.int8)
-    unseen = tell.each(split.heldout(), "measure drift on held-out batches")
+    watch = collect.watch(prepared.model, plan)
+    unseen = tell.each(watch.through(split.heldout()), "measure drift on held-out batches")
     elsewhere = partial(cluster.total, there, fp32, int8, cpu.session) if there is not None else None
     recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe, elsewhere)
 
     tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
     models = bundle.models(fp32, int8, recorded.probes, cpu, ort=ort)
     left_out = data.skipped(first, second)
-    made = report.make(source, recipe, traced, prepared, split, left_out, plan, found, corrected, recorded, models)
+    enough = collect.judge(prepared.model, found, watch)
+    made = report.make(
+        source, recipe, traced, prepared, split, left_out, plan, found, enough, corrected, recorded, models
+    )
 
     tell.stage("write the bundle, load it, time it")
     files = report.files(made, recipe, plan, found.ranges, models)

@@ -2,19 +2,42 @@
 
 Both come from statistics that were made in one pass and merge: the learning curve from the smallest and largest
 value of each of at most SEGMENTS parts of the data (`statistics`), whatever their number, which is not known before the end.
+
+Held-out values outside of a range are clipped. Few values do no harm if they lie near, so what is weighed is their error:
+    clipping = mean over all held-out values of (distance to the range)^2 / (step^2 / 12)        step = width / 255
+beside that of rounding, which is 1. On calibration data it is 0 for "minmax", and what a method that clips has chosen to pay for
+smaller steps. Held-out data are not covered where their (1 + clipping) is more than WORSE times that of the calibration data, and
+more than FEW values make it so: the largest of 1000 samples and the largest of 1000 others differ.
+
+Source: rounding to steps has the mean squared error step^2 / 12: Widrow, Kollar, "Quantization Noise" (2008), section 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_ir as ir
 
+from exporter.batches import Batch
+from exporter.calibrate import statistics
+from exporter.calibrate.domain import distinguish
+from exporter.calibrate.fold import cut
+from exporter.calibrate.methods import STEPS
+from exporter.calibrate.observe import CHUNK, ObserveChunk
 from exporter.calibrate.ranges import Range, Ranges
-from exporter.calibrate.statistics import Statistics
+from exporter.calibrate.statistics import Statistics, TensorStatistics
+from exporter.errors import CalibrationError
 
 STILL = 0.05  # a range that moved by less in the last quarter would not change an int8 model by much
+WORSE = 2.0  # 3 dB: clipping adds as much error as rounding makes. One value in 2000 that lies STILL outside does
+FEW = (
+    8  # values: where calibration saw as many samples as were held out, so many lie outside by chance once in 50 times
+)
+MOST = 64  # held-out batches that are looked at: one that calibration does not cover is among them
 FEWEST = 4  # batches: without them there is no last quarter
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -23,13 +46,21 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 class Coverage:
     """How one tensor of held-out batches fits its calibrated range.
 
-    outside: share of its values outside, to one bin of the histogram. beyond: how far the farthest value lies outside, in
-    widths of the range; 0 where none does.
+    outside: share of its values outside, to one bin of the histogram. values: how many these are. beyond: how far the
+    farthest lies outside, in widths of the range. All 0 where none does.
+    error: mean squared error of rounding and clipping on held-out data, as a multiple of that on calibration data.
     """
 
     tensor: str
     outside: float
+    values: int
     beyond: float
+    error: float
+
+    @property
+    def uncovered(self) -> bool:
+        """Whether clipping costs held-out data noticeably more than it costs calibration data."""
+        return self.error > WORSE and self.values >= FEW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,28 +78,80 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enough:
-    """Curves, the one that moved most first; coverage, the worst first, empty without held-out data; and what it means."""
+    """Curves, the one that moved most first; coverage, the worst first, by that many held-out batches; and what it means."""
 
     curves: tuple[Curve, ...]
     coverage: tuple[Coverage, ...]
+    batches: int
     sentence: str
 
 
-def judge(found: Statistics, heldout: Statistics | None = None, ranges: Ranges | None = None) -> Enough:
+class Watch:
+    """Looks at held-out batches on their way to where drift is measured: the first MOST, CHUNK at a time.
+
+    found: their statistics, once they have passed; None before any has.
+    """
+
+    def __init__(self, look: ObserveChunk) -> None:
+        self.found: Statistics | None = None
+        self._look: ObserveChunk | None = look
+
+    def through(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches.
+
+        Raises:
+            CalibrationError: NaN or infinity inside the network, or a batch that the graph refuses.
+        """
+        for first, chunk in cut(itertools.islice(batches, MOST), CHUNK):
+            seen = self._looked(chunk, first)
+            self.found = seen if self.found is None else statistics.merge(self.found, seen)
+            yield from chunk
+        self._look = None  # and with it a session
+        yield from batches
+
+    def _looked(self, chunk: Sequence[Batch], first: int) -> Statistics:
+        assert self._look is not None
+        try:
+            return self._look(chunk, first)
+        except CalibrationError as error:
+            raise CalibrationError(
+                error.what.replace("calibration batch", "held-out batch", 1),
+                found=error.found, expected=error.expected, do=error.do, tensor=error.tensor, batch=error.batch,
+            ) from error  # fmt: skip
+
+
+def judge(
+    found: Statistics,
+    heldout: Statistics | None = None,
+    ranges: Ranges | None = None,
+    model: ir.Model | None = None,
+) -> Enough:
     """The verdict on calibration data.
 
     Args:
         found: of the calibration batches.
         heldout: of held-out batches, observed with histograms.
         ranges: what the int8 model covers; the smallest and largest calibration values if not given.
+        model: the graph, where ranges were cut to what its readers tell apart: what lies behind such a cut is not outside.
     """
     curves = learning(found)
-    covered = coverage(ranges if ranges is not None else found.ranges, heldout) if heldout is not None else ()
-    return Enough(curves=curves, coverage=covered, sentence=sentence(found, curves))
+    covered = () if heldout is None else coverage(ranges or found.ranges, heldout, found, model)
+    batches = 0 if heldout is None else heldout.batches
+    return Enough(curves=curves, coverage=covered, batches=batches, sentence=sentence(found, curves, covered))
 
 
-def sentence(found: Statistics, curves: Sequence[Curve]) -> str:
-    """One plain sentence: whether more data would change anything."""
+def sentence(found: Statistics, curves: Sequence[Curve], covered: Sequence[Coverage] = ()) -> str:
+    """One plain sentence: whether more data would change anything, and the worst tensor that held-out data leave."""
+    bad = [each for each in covered if each.uncovered]
+    if not bad:
+        return _moving(found, curves)
+    worst = max(bad, key=lambda each: each.error)
+    others = f", and of {len(bad) - 1} more" if len(bad) > 1 else ""
+    moving = _moving(found, curves).replace("more data", "more data of this kind")
+    return f"{moving}; held-out values lie outside the range of {worst.tensor}{others}: give data of more kinds"
+
+
+def _moving(found: Statistics, curves: Sequence[Curve]) -> str:
     if found.batches < FEWEST:
         return f"too few batches to tell whether more data would change anything: {found.batches}"
     moving = [curve for curve in curves if curve.moved > STILL]
@@ -101,26 +184,82 @@ def learning(found: Statistics) -> tuple[Curve, ...]:
     return tuple(sorted(curves, key=lambda curve: (-curve.moved, curve.tensor)))
 
 
-def coverage(ranges: Ranges, heldout: Statistics) -> tuple[Coverage, ...]:
-    """How held-out values fit the ranges, worst first. Tensors that held no value are left out."""
-    names = dict.fromkeys(seen for name, seen in heldout.same.items() if name in ranges.tensors)
-    found = [_covered(name, ranges.tensors[name], heldout) for name in names if name in ranges.tensors]
-    return tuple(sorted((c for c in found if c), key=lambda c: (-c.outside, -c.beyond, c.tensor)))
+def coverage(
+    ranges: Ranges, heldout: Statistics, calibration: Statistics | None = None, model: ir.Model | None = None
+) -> tuple[Coverage, ...]:
+    """How held-out values fit the ranges, worst first. Tensors that held no value are left out.
+
+    Args:
+        ranges: by any method.
+        heldout: with histograms.
+        calibration: what a method clips there, it clips on purpose; without histograms nothing is known to be so.
+        model: see `judge`.
+    """
+    knees = _knees(model, ranges)
+    asked = {seen: name for name, seen in heldout.same.items() if name in ranges.tensors}
+    asked |= {seen: seen for seen in asked if seen in ranges.tensors}
+    found = []
+    for seen, name in asked.items():
+        limit, values = _Limit.of(ranges.tensors[name], knees.get(name)), heldout.tensors[seen]
+        if values.low > values.high:
+            continue
+        over = max(limit.low - values.low, values.high - limit.high, 0.0)
+        number, clipping = limit.clips(values)
+        on_purpose = limit.clips(calibration.tensors[seen])[1] if calibration is not None else 0.0
+        counted = values.elements - values.masked
+        found.append(
+            Coverage(
+                tensor=name,
+                outside=number / counted,
+                values=number,
+                beyond=_ratio(over, limit.width),
+                error=math.inf if math.isinf(clipping) else (1 + clipping) / (1 + on_purpose),
+            )
+        )
+    return tuple(sorted(found, key=lambda c: (-c.outside, -c.beyond, c.tensor)))
 
 
-def _covered(name: str, limit: Range, heldout: Statistics) -> Coverage | None:
-    seen = heldout.tensors[name]
-    if seen.low > seen.high:
-        return None
-    low, high = min(limit.low, 0.0), max(limit.high, 0.0)
-    over = max(low - seen.low, seen.high - high, 0.0)
-    outside = 0.0
-    if over and seen.histogram is not None:
-        edges, counts = seen.histogram.edges, seen.histogram.counts
-        beyond = counts[edges[1:] <= low].sum() + counts[edges[:-1] >= high].sum()
-        outside = max(int(beyond), 1) / int(counts.sum())
-    width = high - low
-    return Coverage(tensor=name, outside=outside, beyond=over / width if width else float(over > 0))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Limit:
+    """The ends of a range, infinite where no reader tells apart what lies behind, and its width."""
+
+    low: float
+    high: float
+    width: float
+
+    @classmethod
+    def of(cls, found: Range, knee: Range | None) -> _Limit:
+        """The range widened to hold 0, open where it ends at a knee of its readers or behind it."""
+        return cls(
+            low=-math.inf if knee is not None and found.low <= knee.low else min(found.low, 0.0),
+            high=math.inf if knee is not None and found.high >= knee.high else max(found.high, 0.0),
+            width=_width(found.low, found.high),
+        )
+
+    def clips(self, values: TensorStatistics) -> tuple[int, float]:
+        """(values outside, mean squared error of clipping in that of rounding); to one bin, and 0 without a histogram."""
+        if values.histogram is None or (self.low <= values.low and values.high <= self.high):
+            return 0, 0.0
+        edges, counts = values.histogram.edges, values.histogram.counts
+        outside = (edges[1:] <= self.low) | (edges[:-1] > self.high)
+        centers = (edges[:-1] + edges[1:])[outside] / 2
+        distances = np.maximum(self.low - centers, centers - self.high)
+        mean_square = float((counts[outside] * np.square(distances)).sum()) / int(counts.sum())
+        number = max(int(counts[outside].sum()), 1)  # one value at least lies outside
+        return number, _ratio(12 * STEPS**2 * mean_square, self.width**2)
+
+
+def _knees(model: ir.Model | None, ranges: Ranges) -> Mapping[str, Range]:
+    """The largest range of each tensor that its readers tell apart."""
+    if model is None:
+        return {}
+    whole = {name: replace(each, low=-math.inf, high=math.inf) for name, each in ranges.tensors.items()}
+    return distinguish(model, replace(ranges, tensors=whole)).tensors
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; inf for any part of nothing."""
+    return part / whole if whole else math.inf if part > 0 else 0.0
 
 
 def _width(low: float, high: float) -> float:

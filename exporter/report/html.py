@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from exporter.calibrate.enough import WORSE
 from exporter.place import Plan
 
 if TYPE_CHECKING:
@@ -19,4 +20,4 @@ _ENVIRONMENT = jinja2.Environment(
 
 def render(report: Report, plan: Plan) -> str:
     """Asked, decided (every node with its reason), measured."""
-    return _ENVIRONMENT.get_template("report.html").render(report=report, plan=plan)
+    return _ENVIRONMENT.get_template("report.html").render(report=report, plan=plan, worse=WORSE)

@@ -16,6 +16,7 @@ from exporter import recipe as recipes
 from exporter.batches import Split
 from exporter.bundle import Models, Recorded
 from exporter.calibrate import Ranges
+from exporter.calibrate.enough import Enough
 from exporter.collect import Collected
 from exporter.correct import Corrected
 from exporter.place import Plan
@@ -44,6 +45,7 @@ def make(
     skipped: tuple[str, ...],
     plan: Plan,
     collected: Collected,
+    enough: Enough,
     corrected: Corrected,
     recorded: Recorded,
     models: Models,
@@ -63,7 +65,9 @@ def make(
         calibration_batches=collected.ranges.batches,
         skipped=skipped,
         ranges_by=collected.ranges.method,
-        enough=collected.enough,
+        enough=enough.sentence,
+        coverage=enough.coverage,
+        coverage_batches=enough.batches,
         random_data=split.random,
         repeated_batches=split.repeated,
         overlapping=split.overlapping,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 LABEL = 10
+WORST = 5  # tensors that are named; all of them are in report.json
 
 
 def render(report: Report) -> str:
@@ -23,6 +24,7 @@ def render(report: Report) -> str:
         *(line for layers in _float_layers(report) for line in _row("", layers)),
         *(line for correction in _corrections(report) for line in _row("", correction)),
         *_row("data", _data(report)),
+        *(line for covered in _coverage(report) for line in _row("", covered)),
         *_row("integers", f"{_percent(report.integer_macs)} of {_millions(report.macs)} MACs ({_kernels(report)})"),
     ]
     for output in report.drift.outputs:
@@ -90,6 +92,19 @@ def _data(report: Report) -> str:
     return text + ("; RANDOM data: ranges and drift mean nothing" if report.random_data else "")
 
 
+def _coverage(report: Report) -> Iterable[str]:
+    """How many tensors held every held-out value in their range, and the worst of the others."""
+    outside, tensors = report.outside, len(report.coverage)
+    if not tensors:
+        return
+    batches = f"{report.coverage_batches} held-out batch{'es' if report.coverage_batches != 1 else ''}"
+    yield f"{tensors - len(outside)} of {tensors} ranges hold every value of {batches}"
+    for each in outside[:WORST]:
+        yield f"outside: {each.tensor}: {_share(each.outside)} of values, by up to {_share(each.beyond)} of the range"
+    if len(outside) > WORST:
+        yield f"outside: {len(outside) - WORST} more, less of each"
+
+
 def _kernels(report: Report) -> str:
     with_macs = [count for count in report.kernels if count.macs]
     return ", ".join(f"{count.kernel} {count.types} {count.nodes}" for count in with_macs[:4])
@@ -102,6 +117,13 @@ def _usable(judged: Usability) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}\u00a0%"  # a space that does not break
+
+
+def _share(share: float) -> str:
+    """A percentage with the digits that count: shares of values are most often far below 1 %."""
+    if 0 < share < 1e-5:
+        return "under 0.001\u00a0%"
+    return f"{100 * share:.{0 if share >= 0.1 else 1 if share >= 0.01 else 3}f}\u00a0%"
 
 
 def _millions(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from exporter.calibrate.enough import Coverage
 from exporter.correct import Correction
 from exporter.mobile import Usability
 from exporter.report import text
@@ -59,6 +60,7 @@ class Report:
     rewrites: {rewrite: times it matched} of the preparation.
     skipped: names of the pictures that did not decode and were left out, as was asked.
     ranges_by: the method of the ranges. enough: one sentence, whether more calibration data would change anything.
+    coverage: how the values of the first coverage_batches held-out batches fit the ranges, every tensor, the worst first.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
     repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
     ort_bytes: size of the phone's file, where it was asked for; with it the share of its MACs in integer kernels, on how many
@@ -78,6 +80,8 @@ class Report:
     skipped: tuple[str, ...]
     ranges_by: str
     enough: str
+    coverage: tuple[Coverage, ...]
+    coverage_batches: int
     random_data: bool
     repeated_batches: int
     overlapping: bool
@@ -104,6 +108,11 @@ class Report:
     def to_json(self) -> str:
         """Canonical JSON of every field; ±inf as the strings "inf" and "-inf"."""
         return canonical(self)
+
+    @property
+    def outside(self) -> tuple[Coverage, ...]:
+        """The tensors of which held-out values lie outside the range."""
+        return tuple(each for each in self.coverage if each.outside)
 
     def __str__(self) -> str:
         return text.render(self)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,6 +130,25 @@ def test_drift_comes_from_batches_that_calibration_did_not_see(onnx_file: Path, 
     report = export(onnx_file, tmp_path / "b", seen, seen[:2])
     assert report.overlapping
     assert "drift is optimistic" in str(report)
+
+
+def test_heldout_values_outside_the_ranges_are_reported_and_choose_nothing(onnx_file: Path, tmp_path: Path) -> None:
+    def scaled(by: float) -> Batches:
+        return ({"x": batch["x"] * np.float32(by)} for batch in batches(2, 70))
+
+    like = export(onnx_file, tmp_path / "a", batches(1, 64), scaled(0.1))
+    other = export(onnx_file, tmp_path / "b", batches(1, 64), scaled(3))
+    assert (like.coverage_batches, other.coverage_batches, other.drift.batches) == (64, 64, 70)
+    assert [each.outside for each in like.coverage] == [0] * 3 and like.outside == ()
+    assert {each.tensor for each in other.outside} == {"x", "r", "y"}
+    x = next(each for each in other.coverage if each.tensor == "x")
+    ends = json.loads((tmp_path / "b" / "ranges.json").read_text())["tensors"]["x"]
+    values = np.concatenate([batch["x"] for batch in itertools.islice(scaled(3), 64)])
+    assert x.outside == pytest.approx(np.mean((values < ends["low"]) | (values > ends["high"])), abs=0.001)
+    assert "held-out values lie outside the range of" in other.enough
+    assert "held-out" not in like.enough
+    for name in ("ranges.json", "model.int8.onnx", "plan.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 class Stop(Exception):

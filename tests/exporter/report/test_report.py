@@ -16,8 +16,10 @@ import pytest
 import exporter
 import runtime
 from exporter import Report
+from exporter.calibrate.enough import Coverage
 from exporter.correct import Correction
-from exporter.report import FloatLayer, text
+from exporter.place import Plan
+from exporter.report import FloatLayer, html, text
 from exporter.target import X86_VNNI
 from runtime import manifest as manifests
 from runtime.drift import Drift, OutputDrift
@@ -94,6 +96,27 @@ def test_text_says_what_is_bad_as_loudly(exported: Exported) -> None:
     ):  # fmt: skip
         assert words in said
     assert "ALL of them were calibrated on too" in flat(replace(report, overlapping=True))
+
+
+def test_worst_heldout_coverage_is_in_the_text_and_all_of_it_in_json_and_html(exported: Exported) -> None:
+    covered = [Coverage(tensor=f"t{n}", outside=0.3 / 10**n, values=9, beyond=0.5, error=3 - n) for n in range(8)]
+    fine = Coverage(tensor="fine", outside=0, values=0, beyond=0, error=1)
+    report = replace(exported.report, coverage=(*covered, fine), coverage_batches=64)
+    said = flat(report)
+    assert "1 of 9 ranges hold every value of 64 held-out batches" in said
+    assert "outside: t0: 30 % of values, by up to 50 % of the range" in said
+    assert "t1: 3.0 %" in said and "t3: 0.030 %" in said and "t4: 0.003 %" in said
+    assert "t5" not in said and "outside: 3 more, less of each" in said
+    assert [each["tensor"] for each in json.loads(report.to_json())["coverage"]] == [
+        *(c.tensor for c in covered),
+        "fine",
+    ]
+    page = html.render(report, Plan(decisions=(), tensors=()))
+    assert all(f"<code>{each.tensor}</code>" in page for each in covered)
+    assert page.count('unmet">3.00x') == 1 and ">2.00x" in page
+    none = replace(report, coverage=(fine,))
+    assert "1 of 1 ranges hold every value of 64 held-out batches" in flat(none) and "outside" not in flat(none)
+    assert "No value of 64 held-out batches lies outside." in html.render(none, Plan(decisions=(), tensors=()))
 
 
 def test_html_needs_no_network_and_lists_every_node(exported: Exported) -> None:
