@@ -1,0 +1,225 @@
+"""What each node takes in float and in int8: profiled here, or the target's table. A value that can be written and read again.
+
+    predicted ms of a plan = Σ over nodes of its ms at its precision + Σ over tensors of the Q or DQ where they cross
+
+Measured: one profiled run of the float graph and one of the int8 graph, node by node as they really ran, fused and with their
+layouts. A node that was fused into another has no time of its own, and its host's covers both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from exporter import graph, place
+from exporter.batches import Batch
+from exporter.errors import RecipeError
+from exporter.graph import Shape
+from exporter.place import FLOAT_OUTPUT, SHAPE_READERS, Plan
+from exporter.quantize import DEQUANTIZE, QUANTIZE
+from exporter.target import Cost, Target
+from runtime import cpu
+from runtime.explain import ADDED
+from runtime.kernels import Kernel, trace
+from runtime.manifest import canonical
+
+FORMAT = 1
+RUNS = 10
+ENOUGH_ELEMENTS = 20_000  # below it what a crossing takes is its fixed cost
+
+
+# Where a target says no cost of layers (int8 always saves), nanoseconds of a multiply-add: ViT-S and EfficientNet-Lite0 on
+# x86 with VNNI, by `measure`. A depthwise Conv moves more than it multiplies.
+LAYER = Cost(float_ns=0.022, int8_ns=0.0065)
+DEPTHWISE = Cost(float_ns=0.06, int8_ns=0.055)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCost:
+    """Milliseconds of one node on one thread, in float and in int8; a node that is float in every plan has 0 for both."""
+
+    float_ms: float
+    int8_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """The cost of every node of one graph.
+
+    graph: SHA-256 of the prepared graph that it is for.
+    where: the CPU and ONNX Runtime that were timed, or the target's table ("predicted").
+    quantize_ns, dequantize_ns: of an element of a tensor that crosses; crossing_ns: of either, whatever its size.
+    """
+
+    graph: str
+    where: str
+    measured: bool
+    nodes: Mapping[str, NodeCost]
+    quantize_ns: float
+    dequantize_ns: float
+    crossing_ns: float
+
+    def to_json(self) -> str:
+        return canonical({"format": FORMAT, **{name: getattr(self, name) for name in self.__slots__}})
+
+
+def fingerprint(model: ir.Model) -> str:
+    """SHA-256 of a graph's bytes."""
+    return hashlib.sha256(graph.to_bytes(model)).hexdigest()
+
+
+def measure(
+    model: ir.Model,
+    plan: Plan,
+    int8: ir.Model,
+    batch: Batch,
+    target: Target,
+    shapes: Mapping[str, Shape],
+    runs: int = RUNS,
+) -> Costs:
+    """Profile the float and the int8 graph on one batch, here, on one thread.
+
+    Args:
+        model: the prepared graph.
+        plan, int8: the plan with the most int8 nodes, and its int8 graph.
+        batch: what both run on.
+        target: its session entries, and crossings where the int8 graph has too few to be timed.
+        shapes: of the tensors on that batch.
+        runs: behind each median.
+    """
+    with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
+        taken = []
+        for name, each, entries in (("float", model, {}), ("int8", int8, target.session)):
+            path = Path(folder) / f"{name}.onnx"
+            path.write_bytes(graph.to_bytes(each))
+            taken.append(trace(path, batch, entries=entries, runs=runs).kernels)
+    in_float, in_int8 = map(_by_node, taken)
+    crossing = _crossing_times(int8, taken[1], shapes)
+    quantize = _per_element(crossing[QUANTIZE], target.quantize_ns)
+    nothing = NodeCost(float_ms=0.0, int8_ms=0.0)
+    found = {
+        name: NodeCost(float_ms=in_float.get(name, 0.0), int8_ms=in_int8.get(name, 0.0)) for name in sorted(plan.int8)
+    }
+    return Costs(
+        graph=fingerprint(model),
+        where=f"{cpu.name()}, onnxruntime {ort.__version__}",
+        measured=True,
+        nodes={node.name or "": found.get(node.name or "", nothing) for node in model.graph},
+        quantize_ns=quantize,
+        dequantize_ns=_per_element(crossing[DEQUANTIZE], target.dequantize_ns * quantize / target.quantize_ns),
+        crossing_ns=target.crossing_ns,
+    )
+
+
+def _crossing_times(
+    int8: ir.Model, kernels: Iterable[Kernel], shapes: Mapping[str, Shape]
+) -> dict[str, tuple[float, int]]:
+    """{QuantizeLinear, DequantizeLinear: (nanoseconds, elements)} over those of at least ENOUGH_ELEMENTS."""
+    found = {QUANTIZE: (0.0, 0), DEQUANTIZE: (0.0, 0)}
+    nodes = {node.name: node for node in int8.graph}
+    for kernel in kernels:
+        node = nodes.get(kernel.node)
+        source = node.inputs[0] if node is not None and kernel.kernel in found else None
+        maker = source.producer() if source is not None else None
+        real = maker.inputs[0] if kernel.kernel == DEQUANTIZE and maker is not None else source
+        elements = math.prod(shapes.get(real.name or "", (0,))) if real is not None else 0
+        if elements >= ENOUGH_ELEMENTS:
+            taken, counted = found[kernel.kernel]
+            found[kernel.kernel] = (taken + kernel.ms * 1e6, counted + elements)
+    return found
+
+
+def _by_node(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """{node of the prepared graph: ms of all kernels that ran for it}."""
+    times: dict[str, float] = {}
+    for kernel in kernels:
+        name = ADDED.sub("", kernel.node)
+        times[name] = times.get(name, 0.0) + kernel.ms
+    return times
+
+
+def _per_element(taken: tuple[float, int], otherwise: float) -> float:
+    return taken[0] / taken[1] if taken[1] else otherwise
+
+
+def from_table(model: ir.Model, target: Target, shapes: Mapping[str, Shape]) -> Costs:
+    """The costs that the target's table predicts: for CPUs that are not here."""
+    return Costs(
+        graph=fingerprint(model),
+        where=f"predicted from the table of {target.name} ({target.costs_from})",
+        measured=False,
+        nodes={node.name or "": _by_table(node, target, shapes) for node in model.graph},
+        quantize_ns=target.quantize_ns,
+        dequantize_ns=target.dequantize_ns,
+        crossing_ns=target.crossing_ns,
+    )
+
+
+def _by_table(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> NodeCost:
+    if node.op_type in target.layers and target.layer is None:
+        weight = shapes.get(node.inputs[1].name or "", ()) if node.inputs[1] is not None else ()
+        depthwise = node.op_type == "Conv" and graph.is_depthwise(weight, node.attributes.get_int("group", 1))
+        per, amount = (DEPTHWISE if depthwise else LAYER), graph.macs(node, shapes)
+        return NodeCost(float_ms=per.float_ns * amount / 1e6, int8_ms=per.int8_ns * amount / 1e6)
+    if node.op_type not in (*target.layers, *target.elementwise, *target.movers):
+        return NodeCost(float_ms=0.0, int8_ms=0.0)
+    price = place.cost(node, target, shapes)
+    return NodeCost(float_ms=price.float_ns / 1e6, int8_ms=price.int8_ns / 1e6)
+
+
+def read(text: str, model: ir.Model, where: str) -> Costs:
+    """Costs that `to_json` wrote.
+
+    Raises:
+        RecipeError: not such a file, or one of another graph.
+    """
+    try:
+        given = json.loads(text)
+        if given.pop("format") != FORMAT:
+            raise ValueError("another format")
+        nodes = {name: NodeCost(**each) for name, each in given.pop("nodes").items()}
+        found = Costs(nodes=nodes, **given)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecipeError(where, found=f"{type(error).__name__}: {error}"[:200], expected="a cost table") from error
+    if found.graph != fingerprint(model):
+        raise RecipeError(
+            where, found="the costs of another graph", expected=f"those of graph {fingerprint(model)[:12]}",
+            do="measure again: leave --costs out",
+        )  # fmt: skip
+    return found
+
+
+def predict(model: ir.Model, plan: Plan, costs: Costs, shapes: Mapping[str, Shape]) -> float:
+    """Milliseconds of the nodes that plans can choose about, under this plan: differences between plans are what it tells."""
+    int8 = set(plan.int8)
+    nodes = (
+        found.int8_ms if node.name in int8 else found.float_ms
+        for node in model.graph
+        if (found := costs.nodes.get(node.name or "")) is not None
+    )
+    return math.fsum(nodes) + math.fsum(_crossings(model, int8, costs, shapes))
+
+
+def _crossings(model: ir.Model, int8: set[str], costs: Costs, shapes: Mapping[str, Shape]) -> Iterator[float]:
+    """Milliseconds of each tensor whose producer and readers stand on different sides, as `place` counts them."""
+    values = [value for node in model.graph for value in node.outputs] + list(model.graph.inputs)
+    for value in values:
+        if value.dtype != ir.DataType.FLOAT or value.is_initializer():
+            continue
+        maker = value.producer()
+        codes = maker is not None and maker.name in int8 and maker.op_type not in FLOAT_OUTPUT
+        readers = [reader for reader in graph.consumers(value) if reader.op_type not in SHAPE_READERS]
+        read = [reader.name in int8 for reader in readers] + [False] * value.is_graph_output()
+        elements = math.prod(shapes.get(value.name or "", ()))
+        if not codes and any(read):
+            yield (costs.quantize_ns * elements + costs.crossing_ns) / 1e6
+        if codes and not all(read):
+            yield (costs.dequantize_ns * elements + costs.crossing_ns) / 1e6

@@ -1,0 +1,273 @@
+"""The cheapest plan that is accurate enough: measured error against ms, layers turned float where that buys most.
+
+    gain(g)  = noise(plan) - noise(plan with g float)         noise = 10^(-SNR / 10) of the worst output, on calibration batches
+    price(g) = ms(plan with g float) - ms(plan)               `costs.predict`; the cut places what stands around g anew
+
+1. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain.
+2. Groups are ranked by gain over price; one that is faster in float comes first.
+3. Plans are scored jointly, for gains of single groups do not add up: the first 1, 2, 4, ... groups of the rank, then by
+   halves between the last plan that does not reach the aim and the first that does.
+4. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
+   group's gain is the noise of the plan in which it alone is int8.
+
+The number of evaluations is known beforehand but for the halving, and so are the minutes.
+
+Source: sensitivity by one layer at a time, Cai et al. 2020, arXiv 2001.00281, section 3; greedy by gain over cost is the
+classic bound of the knapsack.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from exporter import graph, place
+from exporter.batches import Batch
+from exporter.graph import Shape
+from exporter.place import Plan
+from exporter.progress import Progress
+from exporter.recipe import Rule
+from exporter.search import costs, variant
+from exporter.search.costs import Costs
+from exporter.target import Target
+from runtime import drift, gate
+from runtime.manifest import Budget
+
+COLLAPSED_DB = 12.0
+MOST_UNITS = 48
+FASTER = 0.01  # share of the plan's ms that a float group must save to be float for its speed
+NAMED = "packlight search"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What is asked of a plan.
+
+    budget: limits on drift, which a plan must meet if any can.
+    aim_snr_db: of the worst output; accuracy is bought until it is reached...
+    max_slower: ... or a plan would take more than 1 + max_slower times the ms of the fastest.
+    max_evaluations, max_minutes: None is no cap.
+    """
+
+    budget: Budget
+    aim_snr_db: float
+    max_slower: float
+    max_evaluations: int | None = None
+    max_minutes: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One plan that was evaluated: its float groups by rank, error and predicted ms."""
+
+    float_layers: tuple[str, ...]
+    snr_db: float
+    ms: float
+    met: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The chosen plan, and every plan that was looked at on the way.
+
+    announced: evaluations that were announced before the first; evaluations: those there were. seconds: of the search.
+    """
+
+    plan: Plan
+    chosen: Point
+    points: tuple[Point, ...]
+    announced: int
+    evaluations: int
+    seconds: float
+
+    @property
+    def frontier(self) -> tuple[Point, ...]:
+        """The points that no other beats in both error and ms, fastest first."""
+        best: list[Point] = []
+        for point in sorted(self.points, key=lambda each: (each.ms, -each.snr_db)):
+            if not best or point.snr_db > best[-1].snr_db:
+                best.append(point)
+        return tuple(best)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What a search is about.
+
+    model: the prepared graph. plan, int8: its static plan, and the int8 graph of it with the corrections that helped.
+    target, rules, shapes: those with which `place.decide` made the plan.
+    batches: calibration batches to compare outputs on.
+    costs: from `costs.measure`, `costs.from_table` or a file. The same costs and batches find the same plan.
+    """
+
+    model: ir.Model
+    plan: Plan
+    int8: ir.Model
+    target: Target
+    rules: Sequence[Rule]
+    shapes: Mapping[str, Shape]
+    batches: Sequence[Batch]
+    costs: Costs
+
+
+def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
+    """Turn layers of the plan float until it is accurate enough, or as accurate as its speed allows."""
+    scores = _Scores(problem, goal)
+    start = time.monotonic()
+    first = scores.of(frozenset())
+    groups = [] if _reached(first, goal) else _groups(problem.plan)
+    announced = 1 + len(groups) + (_halvings(len(groups)) if groups else 0)
+    if groups:
+        seconds = (time.monotonic() - start) * announced
+        tell.note(f"search: {first.snr_db:.1f} dB; up to {announced} evaluations, about {seconds / 60:.1f} minutes")
+        allowed = _allowed(goal, start)
+        each = tell.each(groups, "search: what each group of layers costs in accuracy", len(groups))
+        gains = [_gain(scores, first, group) for group in each if allowed(len(scores.points))]
+        _refine(scores, goal, _ranked(first, gains), allowed)
+    chosen = _choose(scores.points, first, goal)
+    return Found(
+        plan=_explained(scores, chosen, first),
+        chosen=chosen,
+        points=tuple(scores.points.values()),
+        announced=announced,
+        evaluations=len(scores.points),
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Scores:
+    """The plans that were looked at: {layers turned float: its point}."""
+
+    def __init__(self, problem: Problem, goal: Goal) -> None:
+        self.problem, self.goal = problem, goal
+        self.known = variant.pairs(problem.int8)
+        self.expected = list(map(graph.runner(problem.model), problem.batches))
+        self.layers = tuple(d.node for d in problem.plan.decisions if d.macs and d.precision == "int8")
+        self.points: dict[frozenset[str], Point] = {}
+
+    def plan(self, floats: frozenset[str]) -> Plan:
+        given = self.problem
+        off = tuple(Rule(match=name, precision="float", why=NAMED) for name in self.layers if name in floats)
+        return place.decide(given.model, given.target, (*off, *given.rules), given.shapes) if off else given.plan
+
+    def of(self, floats: frozenset[str]) -> Point:
+        if floats not in self.points:
+            given, plan = self.problem, self.plan(floats)
+            run = graph.runner(variant.of(given.model, plan, self.known))
+            found = drift.measure(zip(self.expected, map(run, given.batches), strict=True))
+            self.points[floats] = Point(
+                float_layers=tuple(name for name in self.layers if name in floats),
+                snr_db=found.worst_snr_db,
+                ms=costs.predict(given.model, plan, given.costs, given.shapes),
+                met=all(line.met for line in gate.limits(self.goal.budget, found, 1.0, 0, 0)),
+            )
+        return self.points[floats]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gain:
+    """What turning a group float takes off the noise, and adds to the ms."""
+
+    group: frozenset[str]
+    noise: float
+    ms: float
+
+
+def _groups(plan: Plan) -> list[frozenset[str]]:
+    """Layers one by one, by twos and by fours, in graph order: neighbours that are float together need no Q/DQ between them."""
+    layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
+    unit = max(1, math.ceil(len(layers) / MOST_UNITS))
+    sizes = [size for size in (unit, 2 * unit, 4 * unit) if size <= len(layers)]
+    return [frozenset(layers[at : at + size]) for size in sizes for at in range(0, len(layers), size)]
+
+
+def _halvings(groups: int) -> int:
+    """Joint scores: the first 1, 2, 4, ... groups, and as many halves."""
+    return 2 * max(1, groups).bit_length() - 1
+
+
+def _allowed(goal: Goal, start: float) -> Callable[[int], bool]:
+    """Whether one more evaluation is within the caps."""
+
+    def allowed(done: int) -> bool:
+        late = goal.max_minutes is not None and time.monotonic() - start > 60 * goal.max_minutes
+        return not late and (goal.max_evaluations is None or done < goal.max_evaluations)
+
+    return allowed
+
+
+def _noise(snr_db: float) -> float:
+    return 10 ** (-snr_db / 10) if snr_db > -math.inf else math.inf
+
+
+def _gain(scores: _Scores, first: Point, group: frozenset[str]) -> _Gain:
+    alone = scores.of(group)
+    if first.snr_db >= COLLAPSED_DB:
+        return _Gain(group=group, noise=_noise(first.snr_db) - _noise(alone.snr_db), ms=alone.ms - first.ms)
+    others = scores.of(frozenset(scores.layers) - group)
+    return _Gain(group=group, noise=_noise(others.snr_db), ms=alone.ms - first.ms)
+
+
+def _ranked(first: Point, gains: Sequence[_Gain]) -> list[frozenset[str]]:
+    """Groups that help, the faster ones first, then by gain over price; a group inside of those before it is left out."""
+    helping = [gain for gain in gains if gain.noise > 0 or gain.ms < -FASTER * first.ms]
+    free = 1e-3 * first.ms  # what is cheaper than this costs nothing that can be measured
+    order = sorted(helping, key=lambda gain: (gain.ms >= -FASTER * first.ms, -gain.noise / max(gain.ms, free)))
+    found: list[frozenset[str]] = []
+    covered: frozenset[str] = frozenset()
+    for gain in order:
+        if not gain.group <= covered:
+            covered |= gain.group
+            found.append(covered)
+    return found
+
+
+def _refine(scores: _Scores, goal: Goal, prefixes: Sequence[frozenset[str]], allowed: Callable[[int], bool]) -> None:
+    """Score the prefixes of the rank 1, 2, 4, ... long until one reaches the aim or is too slow, then between the last two."""
+    base = scores.of(frozenset())
+
+    def enough(size: int) -> bool:
+        point = scores.of(prefixes[size - 1])
+        return _reached(point, goal) or point.ms > (1 + goal.max_slower) * base.ms
+
+    low, high = 0, min(1, len(prefixes))
+    while high and allowed(len(scores.points)) and not enough(high) and high < len(prefixes):
+        low, high = high, min(2 * high, len(prefixes))
+    while high - low > 1 and allowed(len(scores.points)):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+
+
+def _reached(point: Point, goal: Goal) -> bool:
+    return point.met and point.snr_db >= goal.aim_snr_db
+
+
+def _choose(points: Mapping[frozenset[str], Point], first: Point, goal: Goal) -> Point:
+    """The fastest that meets the budget and the aim; else of those that meet the budget and are not too slow the closest to the
+    aim; else the fastest that meets the budget; else the closest."""
+    every = sorted(points.values(), key=lambda point: (point.ms, -point.snr_db))
+    fastest = min(point.ms for point in every)
+    quick = [point for point in every if point.ms <= (1 + goal.max_slower) * min(fastest, first.ms)]
+    reached = [point for point in quick if _reached(point, goal)]
+    met = [point for point in every if point.met]
+    if reached:
+        return reached[0]
+    close = [point for point in quick if point.met]
+    if close:
+        return max(close, key=lambda point: (point.snr_db, -point.ms))
+    return met[0] if met else max(every, key=lambda point: point.snr_db)
+
+
+def _explained(scores: _Scores, chosen: Point, first: Point) -> Plan:
+    """The chosen plan; each layer that was turned float says so."""
+    plan = scores.plan(frozenset(chosen.float_layers))
+    count = len(chosen.float_layers)
+    together = f", with {count - 1} more" if count > 1 else ""
+    why = f"search: float{together} takes the outputs from {first.snr_db:.1f} to {chosen.snr_db:.1f} dB"
+    floats = set(chosen.float_layers)
+    decisions = (replace(each, reason=why) if each.node in floats else each for each in plan.decisions)
+    return replace(plan, decisions=tuple(decisions))
