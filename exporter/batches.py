@@ -111,6 +111,12 @@ def digest(batch: Batch) -> str:
     return sha.hexdigest()
 
 
+def samples(batch: Batch, tensors: Sequence[Tensor]) -> int:
+    """How many samples a batch holds: the size of the first dimension that is free; 1 where it is fixed in every input."""
+    free = (batch[t.name].shape[0] for t in tensors if t.shape and not isinstance(t.shape[0], int))
+    return next(free, 1)
+
+
 def random(tensors: Sequence[Tensor], count: int, generator: np.random.Generator) -> Iterator[Batch]:
     """`count` batches of normal noise (floats) and zeros or ones (integers): for plumbing, not for accuracy.
 
@@ -229,7 +235,10 @@ class Split:
     def __init__(self, calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> None:
         self.random = any(isinstance(given, str) and given == RANDOM for given in (calibration, heldout))
         # a stream of files knows how many there are, not how many it will skip; a generator knows nothing
-        self.total = None if isinstance(calibration, str | Path) else operator.length_hint(calibration, 0) or None
+        self.total, self.total_heldout = _length(calibration), _length(heldout)
+        if heldout is None and self.total is not None:
+            self.total_heldout = min(self.total // self.EVERY, self.MOST_APART)
+            self.total -= self.total_heldout
         self.first, self._stream = peek(read(calibration, tensors, "calibration"), "calibration")
         self._heldout: Iterator[Batch] | None = None
         if heldout is not None:
@@ -270,6 +279,11 @@ class Split:
                 yield batch
         if self.overlapping:
             yield from repeated
+
+
+def _length(given: Any) -> int | None:
+    """How many batches there are, where it is known; a path is no list of its letters."""
+    return None if isinstance(given, str | Path) else operator.length_hint(given, 0) or None
 
 
 def _enough(stream: Iterator[Batch], least: int) -> Iterator[Batch]:

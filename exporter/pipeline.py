@@ -90,7 +90,8 @@ def _export(
     tell.stage("decide what runs in integers")
     plan = place.decide(prepared.model, cpu, recipe.rules, graph.shapes(prepared.model, split.first))
 
-    seen = tell.each(split.calibration(), "calibrate", split.total)
+    samples = partial(batches.samples, tensors=inputs)
+    seen = tell.each(split.calibration(), "calibrate", split.total, samples)
     found = collect.collect(prepared.model, plan, recipe.calibrate, cpu, seen, split.kept, tell, there)
 
     tell.stage("quantize, and keep the corrections that help")
@@ -100,7 +101,7 @@ def _export(
     lint.require_sound(corrected.int8, cpu)
     fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(corrected.int8)
     watch = collect.watch(prepared.model, plan)
-    unseen = tell.each(watch.through(split.heldout()), "measure drift on held-out batches")
+    unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
     elsewhere = partial(cluster.total, there, fp32, int8, cpu.session) if there is not None else None
     recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe, elsewhere)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -17,8 +17,10 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something that a person should know, and that stops nothing."""
 
-    def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
-        """Hand the items on, counting them; `total` where it is known."""
+    def each(
+        self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
+        """Hand the items on, counting them; `total` where it is known, and `samples` of an item where it holds several."""
         ...
 
 
@@ -31,5 +33,7 @@ class Silent:
     def note(self, text: str) -> None:
         pass
 
-    def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
+    def each(
+        self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
         yield from items

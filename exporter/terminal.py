@@ -1,14 +1,24 @@
-"""The progress of an export on a terminal: a spinner for each stage, a bar where batches are counted."""
+"""The progress of an export on a terminal: a spinner for each stage; bar, samples per second and time left of what is counted."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -20,6 +30,37 @@ def _console() -> Console:
     return Console(file=open(os.dup(sys.stderr.fileno()), "w", encoding="utf-8"))  # Terminal closes it
 
 
+class _Rate(ProgressColumn):
+    """Samples per second: of the last half minute, or of the whole when it has ended."""
+
+    def render(self, task: Task) -> Text:
+        samples = task.fields["samples"]
+        if task.finished_time:
+            rate = samples / task.finished_time
+        elif task.speed and task.completed:
+            rate = task.speed * samples / task.completed
+        else:
+            return Text("")
+        return Text(f"{rate:,.{0 if rate >= 10 else 1}f} samples/s", style="progress.data.speed")
+
+
+class _Line(ProgressColumn):
+    """The name of a stage, and behind it what is known of its batches, where it has any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+        self._counted = BarColumn(bar_width=20), MofNCompleteColumn(), _Rate(), left
+
+    def render(self, task: Task) -> Text | Table:
+        name = Text(task.description)
+        if "samples" not in task.fields:
+            return name
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_row(name, *(column(task) for column in self._counted))
+        return line
+
+
 class Terminal:
     """Draws the stages on stderr: a spinner and the stage's name, and a bar where batches are counted."""
 
@@ -27,10 +68,7 @@ class Terminal:
         self._console = _console()
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
+            _Line(),
             console=self._console,
             disable=not sys.stderr.isatty(),
         )
@@ -53,13 +91,16 @@ class Terminal:
     def note(self, text: str) -> None:
         self._console.print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
 
-    def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
+    def each(
+        self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
         self._end()
-        bar = self._bars.add_task(text, total=total)
-        count = 0
+        bar = self._bars.add_task(text, total=total, samples=0)
+        count = seen = 0
         for count, item in enumerate(items, start=1):
             yield item
-            self._bars.update(bar, completed=count)
+            seen += 1 if samples is None else samples(item)
+            self._bars.update(bar, completed=count, samples=seen)
         self._bars.update(bar, total=count)
 
     def _end(self) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_iterable_is_read_once_and_only_as_far_as_asked() -> None:
 
 def test_every_fourth_batch_is_kept_apart_where_there_is_no_heldout() -> None:
     split = batches.split([image(float(number)) for number in range(10)], None, (IMAGE,))
-    assert split.total == 10
+    assert (split.total, split.total_heldout) == (8, 2)
     assert fills(split.calibration()) == [0, 1, 2, 4, 5, 6, 8, 9]
     assert fills(split.heldout()) == [3, 7]
     assert (split.repeated, split.overlapping, split.random) == (0, False, False)
@@ -207,9 +208,21 @@ def test_how_many_batches_there_are_is_told_where_it_is_known() -> None:
     given = [image(float(number)) for number in range(5)]
     assert batches.split(given, given, (IMAGE,)).total == 5
     assert batches.split(iter(given), given, (IMAGE,)).total == 5  # a list's iterator knows what is left
-    assert batches.split((batch for batch in given), given, (IMAGE,)).total is None
+    assert batches.split(given, given[:2], (IMAGE,)).total_heldout == 2
+    unknown = batches.split((batch for batch in given), (batch for batch in given), (IMAGE,))
+    assert (unknown.total, unknown.total_heldout) == (None, None)
+    many = batches.split(given * 100, None, (IMAGE,))
+    assert (many.total, many.total_heldout) == (500 - many.MOST_APART, many.MOST_APART)
     loader = torch.utils.data.DataLoader(Endless(), batch_size=2)
     assert batches.split(loader, given, (IMAGE,)).total is None
+
+
+def test_samples_are_counted_along_the_first_dimension_that_is_free() -> None:
+    fixed = replace(IMAGE, shape=(4, 3))
+    text = replace(IMAGE, name="text", shape=("rows", 3))
+    assert batches.samples(image(1, 4), (IMAGE,)) == 4
+    assert batches.samples(image(1, 4), (fixed,)) == 1
+    assert batches.samples({**image(1, 4), "text": np.ones((7, 3), np.float32)}, (fixed, text)) == 7
 
 
 def test_batches_of_no_samples_are_batches() -> None:

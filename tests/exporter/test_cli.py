@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import typer.testing
 import exporter
 import runtime
 from exporter import cli as exporter_cli
-from exporter.terminal import Terminal
 from tests.command import call
 from tests.exporter import graphs
 from tests.exporter.conftest import Exported
@@ -237,15 +235,3 @@ def test_error_in_the_users_own_function_is_one_line_that_names_it(
     said, err = capsys.readouterr()
     assert said == "" and len(err.splitlines()) == 1
     assert "() of your file: found " in err and says in err and "(sample.py:" in err
-
-
-def test_terminal_closes_its_copy_of_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, outside = os.openpty()
-    with open(outside, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        before = set(os.listdir("/dev/fd"))
-        with Terminal() as progress:
-            progress.stage("work")
-        assert set(os.listdir("/dev/fd")) == before
-        monkeypatch.undo()
-    os.close(inside)

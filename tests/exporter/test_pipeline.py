@@ -4,8 +4,9 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.exporter.conftest import Exported
 
 VNNI = exporter.load_recipe("x86-vnni")
 Batches = Iterator[dict[str, np.ndarray]]
+T = TypeVar("T")
 
 
 def batches(seed: int, count: int) -> Batches:
@@ -267,6 +269,7 @@ def test_nan_in_batch_17_names_batch_and_tensor(onnx_file: Path, tmp_path: Path)
 
 def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_path: Path) -> None:
     told: list[str] = []
+    counted: list[int] = []
 
     class Listener:
         def stage(self, text: str) -> None:
@@ -275,9 +278,14 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         def note(self, text: str) -> None:
             told.append(f"note: {text}")
 
-        def each(self, items: object, text: str, total: int | None = None) -> Iterator[object]:
+        def each(
+            self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
+        ) -> Iterator[T]:
+            assert samples is not None
             told.append(f"{text} {total}")
-            yield from items  # type: ignore[misc]
+            for item in items:
+                counted.append(samples(item))
+                yield item
 
     exporter.export(
         exporter.from_onnx(onnx_file),
@@ -298,6 +306,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         "write",
     ]
     assert told[3] == "calibrate 4"
+    assert counted == [4] * 5  # samples of each batch
 
 
 def test_rule_of_the_recipe_reaches_the_plan_and_the_report(onnx_file: Path, tmp_path: Path) -> None:

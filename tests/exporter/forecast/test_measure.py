@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -158,7 +158,9 @@ class Told:
     def stage(self, text: str) -> None:
         self.said.append(text)
 
-    def each(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
+    def each(
+        self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
         for number, item in enumerate(items):
             self.said.append((text, number, total))
             yield item
