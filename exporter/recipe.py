@@ -7,24 +7,19 @@ was probably meant. There is no inheritance: copy a preset and edit it. A flag m
 from __future__ import annotations
 
 import difflib
-import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+import tomlkit
 from pydantic import BaseModel, ConfigDict, Field
+from tomlkit.exceptions import TOMLKitError
 
 from exporter import target
 from exporter.data import Asked, Columns, Images, Text
 from exporter.errors import RecipeError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FORMAT = 1
 OURS = ("toml", "folder")  # of a Recipe, and no key of its file
@@ -53,8 +48,23 @@ class Rule(_Table):
     why: str = Field(min_length=1)
 
 
+class Search(_Table):
+    """What accuracy may cost, where the static plan is short of the aim: docs/search.md.
+
+    aim_snr_db: of the worst output on calibration batches. max_slower: share of the fastest plan's time; 0 searches for
+    nothing but a budget that is not met.
+    """
+
+    aim_snr_db: float = 30.0
+    max_slower: float = Field(default=0.05, ge=0, le=10)
+
+
 class Budget(_Table):
-    """Each output must meet every limit on drift, on held-out inputs; sizes in bytes, as in runtime.manifest.Budget."""
+    """Each output must meet every limit on drift, on held-out inputs; sizes in bytes, as in runtime.manifest.Budget.
+
+    min_speedup: over FP32, on the machine that exports. metric_drops: as `--budget` says them ("top1 drop<=0.5%"), of the
+    sample's own evaluate().
+    """
 
     min_snr_db: float | None = None
     min_cosine: float | None = Field(default=None, ge=-1, le=1)
@@ -63,6 +73,8 @@ class Budget(_Table):
     min_integer_macs: float | None = Field(default=None, ge=0, le=1)
     max_size_bytes: int | None = Field(default=None, ge=1)
     max_ram_bytes: int | None = Field(default=None, ge=1)
+    min_speedup: float | None = Field(default=None, gt=0)
+    metric_drops: tuple[str, ...] = ()
 
 
 class Probe(_Table):
@@ -79,6 +91,7 @@ class Recipe(_Table):
     name: str = Field(min_length=1)
     target: str
     calibrate: Calibrate = Calibrate()
+    search: Search = Search()
     probe: Probe = Probe()
     rules: tuple[Rule, ...] = ()
     budget: Budget = Budget()
@@ -120,8 +133,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def parse(text: str, where: str, folder: Path = Path()) -> Recipe:
     """TOML text -> Recipe; `where` names it in errors, its relative paths begin at `folder`."""
     try:
-        given = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        given = tomlkit.parse(text).unwrap()
+    except TOMLKitError as error:
         raise RecipeError("not TOML", found=str(error), where=where) from error
     for name in OURS:
         if name in given:
@@ -134,34 +147,21 @@ def parse(text: str, where: str, folder: Path = Path()) -> Recipe:
     return recipe
 
 
-def limited(recipe: Recipe, limits: Mapping[str, float | None]) -> Recipe:
-    """The recipe with more limits in its budget, in its text as well; a limit of None is not asked for.
+def limited(recipe: Recipe, limits: Mapping[str, float | Sequence[str] | None]) -> Recipe:
+    """The recipe with other limits in its budget, in its text as well; a limit of None is not asked for.
 
     Raises:
-        RecipeError: the recipe has this limit already, or the value is none; or its budget is not a table under [budget].
+        RecipeError: the value is none; or the recipe was made in Python.
     """
     asked = {name: limit for name, limit in limits.items() if limit is not None}
-    for name in asked:
-        if getattr(recipe.budget, name) is not None:
-            raise RecipeError(
-                f"budget {name}", found="one in the recipe and one beside it", expected="one",
-                do="take it out of the recipe, or leave the flag out", where=recipe.name,
-            )  # fmt: skip
     if not asked:
         return recipe
     require_own_text(recipe)
-    lines = [f"{name} = {limit}" for name, limit in asked.items()]
-    table = re.search(r"^[ \t]*\[[ \t]*budget[ \t]*\].*$", recipe.toml, flags=re.MULTILINE)
-    if (table is not None) != ("budget" in tomllib.loads(recipe.toml)):  # inline, dotted, or a line of some text
-        raise RecipeError(
-            "budget: no place to add a limit", found="no line [budget]", expected="its limits under [budget]",
-            do="write the limit into the recipe", where=recipe.name,
-        )  # fmt: skip
-    if table is None:
-        return parse("\n".join([recipe.toml.rstrip("\n"), "", "[budget]", *lines, ""]), recipe.name, recipe.folder)
-    return parse(
-        "\n".join([recipe.toml[: table.end()], *lines]) + recipe.toml[table.end() :], recipe.name, recipe.folder
-    )
+    document = tomlkit.parse(recipe.toml)
+    budget = document.setdefault("budget", tomlkit.table())
+    for name, limit in asked.items():
+        budget[name] = list(limit) if isinstance(limit, Sequence) else limit
+    return parse(tomlkit.dumps(document), recipe.name, recipe.folder)
 
 
 def data(recipe: Recipe) -> Asked:
@@ -190,7 +190,13 @@ def require_own_text(recipe: Recipe) -> None:
 
 def _frozen(given: dict[str, Any]) -> dict[str, Any]:
     """TOML's arrays as tuples: what a frozen recipe holds."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+    def frozen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _frozen(value)
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return {key: frozen(value) for key, value in given.items()}
 
 
 def _ours(error: pydantic.ValidationError, where: str) -> RecipeError:
@@ -224,6 +230,7 @@ def _ours(error: pydantic.ValidationError, where: str) -> RecipeError:
 
 _TABLES: dict[str, type[BaseModel]] = {
     "calibrate": Calibrate,
+    "search": Search,
     "probe": Probe,
     "rules": Rule,
     "budget": Budget,

@@ -26,7 +26,7 @@ TERMINAL = {"preprocess": {"PIL"}, "cli": {"typer", "rich"}, "views": {"typer", 
 OWN_TERMINAL = {"cli", "terminal", "views"}
 EXPORTERS = {
     "runtime", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "networkx", "pydantic", "jinja2",
-    "tomllib", "tomli", "optimum", "transformers", "flatbuffers", "dask", "distributed", "fsspec", "tokenizers", "pyarrow",
+    "tomlkit", "optimum", "transformers", "flatbuffers", "dask", "distributed", "fsspec", "tokenizers", "pyarrow",
     "pydantic_core",
 }  # fmt: skip
 

@@ -133,12 +133,12 @@ def test_recipe_without_a_further_limit_is_itself() -> None:
     assert recipe.limited(before, {"max_size_bytes": None, "min_integer_macs": None}) is before
 
 
-def test_limit_in_the_recipe_and_beside_it_is_refused() -> None:
-    once = recipe.limited(load_recipe("portable"), LIMITS)
-    with pytest.raises(RecipeError, match="budget max_size_bytes: found one in the recipe and one beside it") as error:
-        recipe.limited(once, {"max_size_bytes": 5})
-    assert "take it out of the recipe, or leave the flag out" in str(error.value)
-    assert recipe.limited(once, {"max_ram_bytes": 5}).budget.max_ram_bytes == 5
+def test_limit_beside_the_recipe_is_the_one_that_holds() -> None:
+    asked = recipe.limited(load_recipe("portable"), {"min_snr_db": 25.0, "metric_drops": ("top1 drop<=0.5%",)})
+    assert (asked.budget.min_snr_db, asked.budget.metric_drops) == (25.0, ("top1 drop<=0.5%",))
+    assert asked.toml.count("min_snr_db") == 1
+    assert "min_snr_db = 25.0" in asked.toml
+    recipe.require_own_text(asked)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,9 @@ def test_limit_finds_its_table_however_it_is_spaced(budget: str) -> None:
         '[[rules]]\nmatch = "Conv"\nprecision = "float"\nwhy = """\n[budget]\n"""\n',
     ],
 )
-def test_limit_that_finds_no_place_is_refused_and_never_lost(end: str) -> None:
+def test_limit_is_added_however_the_table_is_written(end: str) -> None:
     before = recipe.parse(f'format = 1\nname = "mine"\ntarget = "portable"\n{end}', "mine.toml")
-    with pytest.raises(RecipeError, match="mine: budget: no place to add a limit.*write the limit into the recipe"):
-        recipe.limited(before, LIMITS)
+    found = recipe.limited(before, LIMITS)
+    assert (found.budget.max_abs, found.budget.max_size_bytes) == (before.budget.max_abs, 6_000_000)
+    assert found.rules == before.rules
+    recipe.require_own_text(found)
