@@ -4,9 +4,9 @@ The best single method is where the search begins. Then groups of neighbouring t
 half as many in every round, try the other methods; a change that brings the outputs closer to FP32 stays. A method that is best
 for a tensor alone may be wrong for the model, so nothing is decided by the tensor's own error.
 
-A few batches are a small sample: a gain counts if it is above WORTH_DB and above half its own standard error over
-the batches (jackknife, Efron 1982). What one batch alone says is in
-doubt as much as it is large; more batches decide better: with 8 the choice is a guess, with 64 it holds on other data.
+A few batches are a small sample, and a batch or two often hold half of the squared error: among dozens of changes one that
+happens to be lucky there looks best. So the batches are dealt out to PARTS parts. The best single method has the highest
+median over the parts, and a change must help on every part, which luck with one batch cannot do.
 
 An evaluation does not quantize again: scales and zero points of the int8 model are replaced, the int32 biases
 follow their input's scale, and weights stay as they are.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -32,8 +31,7 @@ from exporter.errors import CalibrationError
 from runtime import session
 
 EVALUATIONS = 48  # runs of the int8 model over the batches, at most
-WORTH_DB = 0.05  # a smaller gain is not worth another method
-SURE = 0.5  # standard errors that a gain must be above
+PARTS = 8  # of the batches, each judged by itself
 HIGHEST_DB = 300.0  # stands for a model without error
 GROUPS = 8
 SUFFIX = "_scale"  # as the quantizer names a tensor's scale; its zero point beside it
@@ -41,8 +39,8 @@ SUFFIX = "_scale"  # as the quantizer names a tensor's scale; its zero point bes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The method of one tensor. gain_db: what changing to it from the best single method brought to the worst output's SNR,
-    together with `together` - 1 other tensors; 0 where it was not changed."""
+    """The method of one tensor. gain_db: what changing to it brought to the worst output's SNR, median over the parts of the
+    batches, together with `together` - 1 other tensors; 0 where it was not changed."""
 
     tensor: str
     method: str
@@ -52,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """ranges: method "auto". single_db: {method: SNR of the worst output, dB} on the batches that were given.
+    """ranges: method "auto". single_db: {method: SNR of the worst output, dB}, median over the parts of the batches.
 
     best: the best single method. snr_db: with the chosen ranges. choices: of tensors whose range the int8 model uses.
     """
@@ -128,42 +126,38 @@ class _Search:
         self, given: Mapping[str, Ranges], tensors: Sequence[str], measure: Callable[[Ranges], Errors]
     ) -> None:
         self.given, self.tensors, self.measure = given, tuple(tensors), measure
-        errors = {method: measure(found) for method, found in given.items()}
-        self.single = {method: found.snr_db for method, found in errors.items()}
+        parts = {method: measure(found).parts_db for method, found in given.items()}
+        self.single = {method: float(np.median(found)) for method, found in parts.items()}
         self.count = len(given)
-        self.best = next(iter(errors))  # the plainest, unless another is better beyond doubt
-        for method in sorted(errors, key=lambda method: -self.single[method]):
-            if _counts(*gain_db(errors[method], errors[self.best])):
-                self.best = method
-                break
+        self.order = sorted(given, key=lambda method: -self.single[method])  # stable: the plainest first among equals
+        self.best = self.order[0]
+        self.now = parts[self.best]
         self.method = dict.fromkeys(given[self.best].tensors, self.best)
         self.gain: dict[str, tuple[float, int]] = {}
-        self.now = errors[self.best]
-        self.order = sorted(given, key=lambda method: -self.single[method])
 
     def split(self, tensors: Sequence[str], parts: int) -> list[tuple[str, ...]]:
         return [tuple(part.tolist()) for part in np.array_split(np.array(tensors, object), parts) if len(part)]
 
     def improve(self, group: Sequence[str], most: int) -> float:
-        """Try every other method on the group and keep the best if it helps; its gain in dB, also where it did not help."""
-        tried: set[tuple[tuple[float, float], ...]] = {self._ends(self.method, group)}
-        found, gain, better = "", -np.inf, self.now
+        """Try every other method on the group and keep the best that helps on every part; the highest gain seen, dB."""
+        tried = {self._ends(self.method, group)}
+        start, highest, gain = self.now, -np.inf, 0.0
+        before = self.method
         for method in self.order:
-            trial = self.method | dict.fromkeys(group, method)
+            trial = before | dict.fromkeys(group, method)
             ends = self._ends(trial, group)
             if ends in tried or self.count >= most:
                 continue
             tried.add(ends)
             self.count += 1
-            errors = self.measure(self._ranges(trial))
-            value, doubt = gain_db(errors, self.now)
-            if value > gain and (_counts(value, doubt) or not found):
-                found, gain, better = (method if _counts(value, doubt) else ""), value, errors
-        if found:
-            self.method |= dict.fromkeys(group, found)
+            parts = self.measure(self._ranges(trial)).parts_db
+            value = float(np.median(parts - start))
+            highest = max(highest, value)
+            if (parts > start).all() and value > gain:
+                gain, self.now, self.method = value, parts, trial
+        if gain:
             self.gain |= dict.fromkeys(group, (gain, len(group)))
-            self.now = better
-        return gain
+        return highest
 
     def result(self) -> Chosen:
         nothing = (0.0, 1)
@@ -171,7 +165,7 @@ class _Search:
             ranges=self._ranges(self.method),
             best=self.best,
             single_db=self.single,
-            snr_db=self.now.snr_db,
+            snr_db=float(np.median(self.now)),
             choices=tuple(
                 Choice(
                     tensor=name,
@@ -193,10 +187,6 @@ class _Search:
         return replace(self.given[self.best], tensors=tensors, method="auto")
 
 
-def _counts(gain: float, doubt: float) -> bool:
-    return gain > WORTH_DB and gain > SURE * doubt
-
-
 def _used(int8: ir.Model, ranges: Ranges) -> list[str]:
     """The tensors whose range the int8 model uses, in the order of the ranges."""
     return [name for name in ranges.tensors if f"{name}{SUFFIX}" in int8.graph.initializers]
@@ -214,22 +204,11 @@ class Errors:
         """SNR of the worst output over all batches, as `runtime.drift` defines it."""
         return float(_worst_db(self.signal.sum(axis=0), self.noise.sum(axis=0)))
 
-
-def gain_db(after: Errors, before: Errors) -> tuple[float, float]:
-    """By how much the worst output's SNR rose, dB, and the standard error of that over the batches.
-
-    error = sqrt((n - 1) / n · sum over batches of (g_i - mean g)^2),  g_i the gain without batch i
-    """
-    gain = _difference(after.snr_db, before.snr_db)
-    count = len(after.signal)
-    if count < 2:
-        return float(gain), 0.0
-    each = [
-        _worst_db(e.signal.sum(axis=0) - e.signal, np.maximum(e.noise.sum(axis=0) - e.noise, 0))
-        for e in (after, before)
-    ]
-    gains = _difference(*each)
-    return float(gain), float(np.sqrt((count - 1) / count * np.square(gains - gains.mean()).sum()))
+    @property
+    def parts_db(self) -> Array:
+        """The same of PARTS parts of the batches, as many as there are batches at most: batch i is in part i modulo PARTS."""
+        parts = range(min(PARTS, len(self.noise)))
+        return np.array([_worst_db(self.signal[i::PARTS].sum(axis=0), self.noise[i::PARTS].sum(axis=0)) for i in parts])
 
 
 def _worst_db(signal: Array, noise: Array) -> Array:
@@ -238,10 +217,6 @@ def _worst_db(signal: Array, noise: Array) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):
         ratio = np.where(noise > 0, signal / np.where(noise > 0, noise, 1), np.inf)
     return np.asarray(10 * np.log10(np.clip(np.nan_to_num(ratio, nan=0.0), smallest, 1 / smallest)).min(axis=-1))
-
-
-def _difference(a: Any, b: Any) -> Array:
-    return np.asarray(np.subtract(a, b))
 
 
 def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Callable[[Ranges], Errors]:

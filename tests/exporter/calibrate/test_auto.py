@@ -91,16 +91,40 @@ def test_one_bad_range_is_taken_from_the_other_method() -> None:
     assert found.changed[0].gain_db > 3
 
 
-def test_gain_of_one_far_batch_is_in_doubt() -> None:
-    signal = np.ones((8, 1))
-    noise = np.full((8, 1), 1e-3)
-    far = noise.copy()
-    far[3] = 1.0
-    gain, doubt = auto.gain_db(auto.Errors(signal=signal, noise=noise), auto.Errors(signal=signal, noise=far))
-    assert gain > 20
-    assert doubt > 0.8 * gain
-    gain, doubt = auto.gain_db(auto.Errors(signal=signal, noise=noise / 2), auto.Errors(signal=signal, noise=noise))
-    assert (gain, doubt) == (pytest.approx(3.01, abs=0.01), pytest.approx(0, abs=1e-9))
+def test_error_of_one_batch_is_of_one_part() -> None:
+    noise = np.full((16, 1), 1e-3)
+    noise[3] = 1.0
+    errors = auto.Errors(signal=np.ones((16, 1)), noise=noise)
+    assert errors.snr_db == pytest.approx(10 * np.log10(16 / 1.015))
+    np.testing.assert_allclose(np.delete(errors.parts_db, 3), 30)
+    assert errors.parts_db[3] == pytest.approx(10 * np.log10(2 / 1.001))
+    assert len(auto.Errors(signal=np.ones((3, 1)), noise=np.ones((3, 1))).parts_db) == 3
+
+
+def test_change_that_helps_one_batch_much_and_hurts_others_is_not_kept() -> None:
+    tensor, other = "x", "y"
+    wide, tight = (Range(low=0.0, high=high, elements=1, masked=0) for high in (2.0, 1.0))
+    a, b = (Ranges(tensors={tensor: r, other: r}, batches=16, method=m) for r, m in ((wide, "a"), (tight, "b")))
+
+    def search(lucky: float, others: float) -> auto.Chosen:
+        """Method b on x: the noise of batch 3, which holds nearly all, times `lucky`, and of others times `others`."""
+
+        def measure(found: Ranges) -> auto.Errors:
+            noise = np.full((16, 1), 1e-3)
+            noise[3] = 1.0
+            if found.tensors[tensor] == tight:
+                noise *= np.where(np.arange(16) == 3, lucky, others)[:, None]
+            if found.tensors[other] == tight:
+                noise *= 4
+            return auto.Errors(signal=np.ones((16, 1)), noise=noise)
+
+        found = auto._Search({"a": a, "b": b}, [tensor, other], measure)
+        found.improve([tensor], auto.EVALUATIONS)
+        return found.result()
+
+    assert search(lucky=0.01, others=1.1).changed == ()
+    assert [(choice.tensor, choice.method) for choice in search(lucky=0.9, others=0.5).changed] == [("x", "b")]
+    assert search(lucky=0.9, others=0.5).changed[0].gain_db == pytest.approx(3.01, abs=0.01)
 
 
 @pytest.mark.parametrize(
