@@ -1,0 +1,75 @@
+"""exporter.search.costs: what nodes take, measured or predicted, written and read again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from exporter import graph, place, quantize
+from exporter.calibrate import observe
+from exporter.errors import RecipeError
+from exporter.recipe import Rule
+from exporter.search import costs
+from exporter.target import X86_VNNI
+from tests import models
+from tests.exporter import stages
+
+MODEL = "residual"
+
+
+def measured() -> costs.Costs:
+    model, plan = stages.prepared(MODEL).model, stages.plan(MODEL)
+    batch = next(models.batches(MODEL, 0, 1))
+    int8 = quantize.to_int8(model, plan, observe(model, plan.tensors, [batch]).ranges)
+    return costs.measure(model, plan, int8, batch, X86_VNNI, shapes(), runs=3)
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    return graph.shapes(stages.prepared(MODEL).model, next(models.batches(MODEL, 0, 1)))
+
+
+def test_every_int8_layer_was_timed_in_float_and_in_int8() -> None:
+    found = measured()
+    layers = [d.node for d in stages.plan(MODEL).decisions if d.macs and d.precision == "int8"]
+    assert layers
+    assert all(found.nodes[layer].float_ms > 0 and found.nodes[layer].int8_ms > 0 for layer in layers)
+    assert found.measured
+    assert "onnxruntime" in found.where
+
+
+def test_costs_are_read_as_they_were_written() -> None:
+    model = stages.prepared(MODEL).model
+    found = measured()
+    assert costs.read(found.to_json(), model, "costs.json") == found
+
+
+def test_costs_of_another_graph_are_refused() -> None:
+    with pytest.raises(RecipeError, match="the costs of another graph"):
+        costs.read(measured().to_json(), stages.prepared("transformer").model, "costs.json")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 9}', '{"format": 1, "nodes": {"a": 1}}'])
+def test_what_is_no_cost_table_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="expected a cost table"):
+        costs.read(text, stages.prepared(MODEL).model, "costs.json")
+
+
+def test_predicted_ms_is_nodes_and_crossings_as_the_plan_has_them() -> None:
+    model, plan = stages.prepared(MODEL).model, stages.plan(MODEL)
+    found = costs.from_table(model, X86_VNNI, shapes())
+    assert not found.measured
+    assert "predicted" in found.where
+    layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
+    everything = [Rule(match="*", precision="float", why="test")]
+    floats = place.decide(model, X86_VNNI, everything, shapes())
+    in_float = costs.predict(model, floats, found, shapes())
+    assert in_float == pytest.approx(sum(each.float_ms for each in found.nodes.values()))
+    assert costs.predict(model, plan, found, shapes()) < in_float
+    assert sum(found.nodes[layer].int8_ms for layer in layers) < costs.predict(model, plan, found, shapes())
+
+
+def test_tables_numbers_are_plain_json() -> None:
+    given = json.loads(costs.from_table(stages.prepared(MODEL).model, X86_VNNI, shapes()).to_json())
+    assert given["format"] == costs.FORMAT
+    assert {*given["nodes"]} == {node.name for node in stages.prepared(MODEL).model.graph}

@@ -1,0 +1,128 @@
+"""exporter.search: the cheapest plan that is accurate enough."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from exporter import graph, place, quantize
+from exporter.calibrate import distinguish, observe
+from exporter.progress import Silent
+from exporter.search import Goal, Problem, costs, search
+from exporter.target import X86_VNNI
+from runtime.manifest import Budget
+from tests.exporter import graphs
+
+# Four layers; the weight of "bad" has one giant value a channel, so its other values round to nothing
+CHAIN = """(float[1,16] x) => (float[1,16] y) {
+    [one] a = MatMul(x, w1)
+    [norm1] an = LayerNormalization(a, g, b)
+    [bad] c = MatMul(an, w2)
+    [norm2] cn = LayerNormalization(c, g, b)
+    [three] d = MatMul(cn, w3)
+    [norm3] dn = LayerNormalization(d, g, b)
+    [four] y = MatMul(dn, w4)
+}"""
+BAD = graphs.noise(2, 16, 16)
+BAD[0] *= 300
+WEIGHTS = {
+    "w1": graphs.noise(1, 16, 16), "w2": BAD, "w3": graphs.noise(3, 16, 16), "w4": graphs.noise(4, 16, 16),
+    "g": np.ones(16, np.float32), "b": np.zeros(16, np.float32),
+}  # fmt: skip
+NO_LIMIT = Goal(budget=Budget(), aim_snr_db=30.0, max_slower=10.0)
+
+
+def problem(flat: bool = True) -> Problem:
+    model = graphs.model(CHAIN, WEIGHTS)
+    batches = [{"x": graphs.noise(seed, 1, 16)} for seed in range(8)]
+    shapes = graph.shapes(model, batches[0])
+    plan = place.decide(model, X86_VNNI, (), shapes)
+    int8 = quantize.to_int8(model, plan, distinguish(model, observe(model, plan.tensors, batches).ranges))
+    found = costs.from_table(model, X86_VNNI, shapes)
+    if flat:
+        layers = {d.node for d in plan.decisions if d.macs}
+        each = {
+            name: costs.NodeCost(float_ms=2.0 * (name in layers), int8_ms=1.0 * (name in layers))
+            for name in found.nodes
+        }
+        found = replace(found, nodes=each, quantize_ns=0.0, dequantize_ns=0.0, crossing_ns=0.0)
+    return Problem(
+        model=model, plan=plan, int8=int8, target=X86_VNNI, rules=(), shapes=shapes, batches=batches, costs=found
+    )
+
+
+def test_layer_that_rounding_ruins_is_the_one_that_turns_float() -> None:
+    given = problem()
+    before = search(given, replace(NO_LIMIT, aim_snr_db=-100.0), Silent()).chosen
+    found = search(given, replace(NO_LIMIT, aim_snr_db=before.snr_db + 3), Silent())
+    assert found.chosen.float_layers == ("bad",)
+    assert found.chosen.snr_db > before.snr_db + 3
+    reasons = {d.node: d.reason for d in found.plan.decisions}
+    assert graphs.precisions(found.plan)["bad"] == "float"
+    assert reasons["bad"].startswith("search: float takes the outputs from")
+
+
+def test_plan_that_is_accurate_enough_is_evaluated_once_and_kept() -> None:
+    given = problem()
+    found = search(given, replace(NO_LIMIT, aim_snr_db=-100.0), Silent())
+    assert (found.evaluations, found.announced) == (1, 1)
+    assert found.plan == given.plan
+    assert found.chosen.float_layers == ()
+
+
+def test_accuracy_is_bought_no_dearer_than_the_limit_on_time() -> None:
+    given = problem()
+    for slower in (0.0, 0.3, 0.6, 10.0):
+        found = search(given, replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=slower), Silent())
+        assert found.chosen.ms <= (1 + slower) * 4.0
+        assert len(found.chosen.float_layers) == min(4, int(4 * slower))
+
+
+def test_budget_is_met_even_where_that_is_slower_than_the_limit_on_time() -> None:
+    given = problem()
+    plain = search(given, replace(NO_LIMIT, aim_snr_db=-100.0), Silent()).chosen
+    budget = Budget(min_snr_db=plain.snr_db + 3)
+    found = search(given, replace(NO_LIMIT, budget=budget, aim_snr_db=-100.0, max_slower=0.0), Silent())
+    assert found.chosen.met
+    assert found.chosen.snr_db >= plain.snr_db + 3
+    assert found.chosen.ms > plain.ms
+
+
+def test_budget_that_no_plan_meets_gives_the_closest() -> None:
+    found = search(problem(), replace(NO_LIMIT, budget=Budget(min_cosine=1.0), max_slower=0.0), Silent())
+    best = max(found.points, key=lambda point: point.snr_db)
+    assert found.chosen == best or found.chosen.met
+
+
+def test_same_costs_find_the_same_plan() -> None:
+    goal = replace(NO_LIMIT, max_slower=0.3)
+    first, second = (search(problem(flat=False), goal, Silent()) for _ in range(2))
+    assert first.plan == second.plan
+    assert first.points == second.points
+
+
+def test_no_more_evaluations_than_allowed_and_about_as_many_as_announced() -> None:
+    found = search(problem(), replace(NO_LIMIT, aim_snr_db=1000.0, max_evaluations=3), Silent())
+    assert found.evaluations <= 4
+    free = search(problem(), replace(NO_LIMIT, aim_snr_db=1000.0), Silent())
+    assert free.evaluations <= free.announced
+
+
+def test_frontier_is_faster_to_slower_and_each_point_more_accurate() -> None:
+    found = search(problem(), replace(NO_LIMIT, aim_snr_db=1000.0), Silent())
+    frontier = found.frontier
+    assert [point.ms for point in frontier] == sorted(point.ms for point in frontier)
+    assert [point.snr_db for point in frontier] == sorted(point.snr_db for point in frontier)
+    assert all(any(p.ms <= q.ms and p.snr_db >= q.snr_db for p in frontier) for q in found.points)
+
+
+@pytest.mark.parametrize("faster", ["one", "four"])
+def test_layer_that_is_faster_in_float_turns_float(faster: str) -> None:
+    given = problem()
+    nodes = {**given.costs.nodes, faster: costs.NodeCost(float_ms=0.5, int8_ms=1.0)}
+    given = replace(given, costs=replace(given.costs, nodes=nodes))
+    found = search(given, replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.0), Silent())
+    assert faster in found.chosen.float_layers
+    assert found.chosen.ms < 4.0
