@@ -38,7 +38,7 @@ LEAST_BYTES = 16 << 10
 # what the worst output's SNR may lose: on few batches it moves by half of this either way, whatever is rounded
 ALLOWED_DB = 0.5
 # an error of 3 % of the output: above it SNR is spent on size
-COMFORTABLE_DB = 30.0
+AIM_DB = 30.0
 RECURRENT = ("LSTM", "GRU", "RNN")
 # op_type -> the inputs that are weights
 WEIGHTS: Mapping[str, tuple[int, ...]] = {
@@ -86,26 +86,37 @@ class Shrunk:
     before_db: float | None
     after_db: float | None
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """{node: what became of its weights}, for the plan."""
+        found: dict[str, str] = {}
+        for each in self.stored:
+            for node in each.readers:
+                found[node] = "; ".join(filter(None, (found.get(node), f"{each.name} {each.why}")))
+        return found
+
 
 def weights(
     int8: ir.Model,
     expected: Sequence[Batch],
     batches: Sequence[Batch],
     left: Collection[str] = (),
+    aim_db: float = AIM_DB,
     floor_db: float = -math.inf,
 ) -> Shrunk:
     """Turn large float weights into codes, as many as the outputs bear.
 
-    Borne is a worst SNR of before - ALLOWED_DB, or of COMFORTABLE_DB where that is less. All weights at once are tried
-    first. Where that is too much each is tried alone; then they are taken in the order of the harm they do, as far as
-    the outputs bear it: n + log2 n more runs over the batches.
+    They bear a worst SNR of aim_db, or one ALLOWED_DB below the graph's where that is less. All weights at once are
+    tried first. Where that is too much each is tried alone; then they are taken in the order of the harm they do, as
+    far as the outputs bear it: n + log2 n more runs over the batches.
 
     Args:
         int8: the quantized graph, which is not changed.
         expected: outputs of the FP32 graph on each batch.
         batches: calibration batches to compare on.
         left: nodes whose weights stay as they are, for instance because a rule calls the node float.
-        floor_db: an SNR that was asked for: where the graph has it, it stays.
+        aim_db: an SNR that is enough.
+        floor_db: one that is required: a graph that has it keeps it.
 
     Raises:
         RunError: ONNX Runtime cannot run the graph, as it is or with codes.
@@ -122,7 +133,7 @@ def weights(
         stored = tuple(_stored(int8, name, why, None) for name, why in refused.items())
         return Shrunk(int8=int8, stored=stored, before_db=None, after_db=None)
     before = snr_db(())
-    enough = min(before - ALLOWED_DB, COMFORTABLE_DB)
+    enough = min(before - ALLOWED_DB, aim_db)
     enough = max(enough, floor_db) if before >= floor_db else enough
     alone: dict[str, float] = {}
     chosen, after = names, snr_db(names)
@@ -135,7 +146,9 @@ def weights(
             at = alone[harmless_first[0]] if middle == 1 else snr_db(harmless_first[:middle])
             fits, after, fails = (middle, at, fails) if at >= enough else (fits, after, middle)
         chosen = harmless_first[:fits]
-    refused |= {name: f"as codes it costs too much: SNR {alone[name]:.1f} dB" for name in names if name not in chosen}
+    refused |= {
+        name: f"float: as int8 it costs too much, SNR {alone[name]:.1f} dB" for name in names if name not in chosen
+    }
     return Shrunk(
         int8=_with_codes(int8, chosen),
         stored=tuple(_stored(int8, name, refused.get(name, ""), alone.get(name)) for name in found),

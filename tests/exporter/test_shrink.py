@@ -268,8 +268,8 @@ def test_weight_that_harms_stays_float_and_the_others_become_codes() -> None:
     by_name = {stored.name: stored for stored in found.stored}
     assert by_name["good"].kept and not by_name["bad"].kept
     assert by_name["bad"].alone_db is not None and by_name["bad"].alone_db < 15
-    assert by_name["bad"].why == f"as codes it costs too much: SNR {by_name['bad'].alone_db:.1f} dB"
-    assert found.after_db == by_name["good"].alone_db == snr_db(model, found.int8, batches) > shrink.COMFORTABLE_DB
+    assert by_name["bad"].why == f"float: as int8 it costs too much, SNR {by_name['bad'].alone_db:.1f} dB"
+    assert found.after_db == by_name["good"].alone_db == snr_db(model, found.int8, batches) > shrink.AIM_DB
     assert set(initializers(found.int8)) == {"good_codes", "good_scale", "bad"}
 
 
@@ -278,6 +278,18 @@ def test_snr_that_was_asked_for_stays() -> None:
     found = shrunk(model, batches, floor_db=60.0)
     assert not any(stored.kept for stored in found.stored)
     assert found.after_db == found.before_db and graph.to_bytes(found.int8) == graph.to_bytes(model)
+
+
+def test_aim_is_as_low_as_asked() -> None:
+    model, batches = two()
+    assert all(stored.kept for stored in shrunk(model, batches, aim_db=1.0).stored)
+    assert not any(stored.kept for stored in shrunk(model, batches, aim_db=60.0).stored)
+
+
+def test_notes_tell_each_reader_of_its_weights() -> None:
+    model = graphs.model(LSTM, RECURRENT_WEIGHTS)
+    found = shrunk(model, [{"x": graphs.noise(4, 5, 2, 32)}])
+    assert found.notes == {"lstm": "r int8, computes in float; w int8, computes in float"}
 
 
 def test_snr_below_what_is_comfortable_falls_by_little() -> None:
