@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from exporter import mobile, ort_format
-from exporter.batches import Array, Batch
+from exporter import heldout, mobile, ort_format
+from exporter.batches import Batch
 from exporter.errors import CalibrationError
+from exporter.heldout import THREADS
 from exporter.mobile import Usability
 from exporter.ort_format import OrtModel, Proof
 from exporter.recipe import Probe as ProbeLimits
@@ -30,10 +29,7 @@ from runtime.errors import BundleError
 from runtime.kernels import Kernels, trace
 from runtime.manifest import Manifest
 from runtime.probe import Probe, write_probe
-from runtime.session import ORT_ERRORS, open_session
 
-# One thread: the sums of float nodes have one order, so the recorded outputs have one value
-THREADS = 1
 # Kernels that give the same bits on every CPU of a family, beside those that compute in integers
 EXACT = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
@@ -97,7 +93,7 @@ def models(fp32: bytes, int8: bytes, probes: Sequence[Probe], target: Target, *,
 def record(
     fp32: bytes,
     int8: bytes,
-    heldout: Iterable[Batch],
+    batches: Iterable[Batch],
     session: Mapping[str, str],
     limits: ProbeLimits,
     elsewhere: Callable[[Iterable[Batch], int], Totals] | None = None,
@@ -114,24 +110,13 @@ def record(
     """
     probes: list[Probe] = []
     size = 0
-    stream = enumerate(heldout)
-    reference, candidate = open_session(fp32, threads=THREADS), open_session(int8, threads=THREADS, entries=session)
-    names = [output.name for output in reference.get_outputs()]
+    stream = enumerate(batches)
+    run = heldout.runner(fp32, int8, session)
 
     def outputs() -> Iterator[tuple[Batch, Batch]]:
         nonlocal size
         for number, batch in stream:
-            try:
-                wanted = dict(zip(names, reference.run(names, dict(batch)), strict=True))
-                got = dict(zip(names, candidate.run(names, dict(batch)), strict=True))
-            except ORT_ERRORS as error:
-                raise CalibrationError(
-                    f"held-out batch {number}: the model cannot run on it",
-                    found=str(error)[:200],
-                    expected="shapes and values that the model takes",
-                    batch=number,
-                ) from error
-            _check_finite(wanted, number)
+            wanted, got = run(batch, number)
             bytes_here = sum(array.nbytes for arrays in (batch, wanted, got) for array in arrays.values())
             empty = not any(array.size for array in wanted.values())
             if not empty and (not probes or (len(probes) < limits.batches and size + bytes_here <= limits.max_bytes)):
@@ -266,15 +251,3 @@ def _kernels(int8: bytes, inputs: Batch, session: Mapping[str, str]) -> Kernels:
         model = Path(folder) / manifests.INT8
         model.write_bytes(int8)
         return trace(model, inputs, threads=THREADS, entries=session)
-
-
-def _check_finite(outputs: Mapping[str, Array], number: int) -> None:
-    for name, value in outputs.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise CalibrationError(
-                f"held-out batch {number}: output {name!r} of the FP32 model",
-                found="NaN or infinity",
-                expected="finite numbers",
-                tensor=name,
-                batch=number,
-            )

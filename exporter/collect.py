@@ -12,6 +12,7 @@ from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges, Statistics, auto, cache, enough, methods
 from exporter.calibrate.auto import Chosen
 from exporter.calibrate.enough import Enough, Watch
+from exporter.calibrate.memory import Memory
 from exporter.cluster import Cluster
 from exporter.correct import bias, rounding
 from exporter.place import Plan
@@ -113,12 +114,10 @@ def _observe(
     histograms = asked.engine == "packlight" and methods.needs_histograms(asked.method)
     cpus = there.cpus if there is not None else ()
     run = cache.run_key(model, plan.tensors, channels, histograms, asked.model_dump(mode="json"), cpus)
-    look = cache.remembered(
-        calibrate.observer(model, plan.tensors, channels, histograms), run, cache.place(), tell.note
-    )
+    memory = Memory(run, cache.place(), tell.note)
     try:
         if there is not None:
-            return cluster.observe(there, model, plan.tensors, batches, channels, histograms, look)
-        return calibrate.gather(look, batches)
+            return cluster.observe(there, model, plan.tensors, batches, channels, histograms, memory)
+        return memory.gather(calibrate.observer(model, plan.tensors, channels, histograms), batches)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(look.interrupted()) from None
+        raise KeyboardInterrupt(memory.interrupted()) from None

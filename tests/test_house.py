@@ -37,6 +37,7 @@ STAGES = (
     "trace",
     "prepare",
     "calibrate",
+    "heldout",
     "cluster",
     "place",
     "quantize",

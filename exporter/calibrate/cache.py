@@ -1,6 +1,4 @@
-"""Nothing lost: the statistics of each chunk, on disk as soon as they are made, and taken from there the next time.
-
-The next run reads the data again, hashes every batch, and runs the model only on chunks that it has no statistics of.
+"""Statistics on disk, found by what they depend on; `memory` says when they are written and read.
 
     key of a run   = SHA-256(layout of this file, packlight, ONNX Runtime, numpy, the CPU as ONNX Runtime sees it,
                              the recipe's [calibrate], what is asked for, the bytes of the graph)
@@ -10,9 +8,10 @@ So a file can only be found by the same model, recipe and data, with the same li
 what comes from disk is, bit for bit, what running the model would give. Versions and CPU are in the key because another
 one may sum floats in another order, and the last bits of a range would then depend on which run was interrupted.
 
-A file is `MAGIC`, the SHA-256 of all that follows it, the chunk's key, the statistics. It is written under another name and
-renamed. Files stay when an export has finished, for the next export of the same model most often differs in its budget or its
-held-out data alone; when all of them take more than LIMIT_BYTES the ones that were used longest ago go.
+A file is `MAGIC`, the SHA-256 of all that follows it, the number of chunks, their keys, the statistics of all of them. It has the
+first one's key as its name, and is written under another one and renamed. Files stay when an export has finished, for the next
+export of the same model most often differs in its budget or its held-out data alone; when all of them take more than LIMIT_BYTES
+the ones that were used longest ago go.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,17 +35,16 @@ import onnxruntime as ort
 from exporter import graph
 from exporter.batches import Batch, digest
 from exporter.calibrate import statistics
-from exporter.calibrate.observe import ObserveChunk
 from exporter.calibrate.statistics import Statistics
 from runtime import cpu
 
 Note = Callable[[str], None]
 
-MAGIC = b"packlight statistics 1\n"
+MAGIC = b"packlight statistics 2\n"
 SUFFIX = ".statistics"
 DIGEST_BYTES = 32
+COUNT_BYTES = 4
 LIMIT_BYTES = 1 << 30
-LOOK_EVERY_BYTES = LIMIT_BYTES // 16  # how much may be written before the folder's size is looked at again
 LEFT_BEHIND_SECONDS = 3600  # a temporary file this old is one of a process that was killed
 VARIABLE = "PACKLIGHT_CACHE"
 OFF = "off"
@@ -107,12 +105,15 @@ def run_key(
 
 
 def chunk_key(run: bytes, batches: Sequence[Batch], start: int) -> str:
-    """The name under which the statistics of these batches, of which the first has the number `start`, are kept."""
+    """The name of the statistics of these batches, of which the first has the number `start`."""
     return _hash(run, str(start).encode(), *(digest(batch).encode() for batch in batches)).hex()
 
 
-def read(folder: Path, key: str, note: Note) -> Statistics | None:
-    """The statistics of a chunk; None where there are none, or the file is not what was written, of which `note` hears."""
+def read(folder: Path, key: str, note: Note) -> tuple[tuple[str, ...], Statistics] | None:
+    """What there is of the chunk with this key and those that follow it: (keys of all, their merged statistics).
+
+    None where there is nothing, or the file is not what was written, of which `note` hears.
+    """
     path = folder / (key + SUFFIX)
     try:
         content = path.read_bytes()
@@ -121,9 +122,12 @@ def read(folder: Path, key: str, note: Note) -> Statistics | None:
             raise ValueError("not statistics of this version of packlight")
         if hashlib.sha256(content[body:]).digest() != content[check:body]:
             raise ValueError("truncated, or changed on disk")
-        if content[body : body + DIGEST_BYTES].hex() != key:
+        names = body + COUNT_BYTES
+        behind = names + DIGEST_BYTES * int.from_bytes(content[body:names], "big")
+        keys = tuple(content[at : at + DIGEST_BYTES].hex() for at in range(names, behind, DIGEST_BYTES))
+        if key not in keys[:1]:
             raise ValueError("the statistics of other data")
-        found = statistics.from_bytes(content[body + DIGEST_BYTES :])
+        found = statistics.from_bytes(content[behind:])
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # what is there may be anything; the model runs again then, and the file is replaced
@@ -131,22 +135,22 @@ def read(folder: Path, key: str, note: Note) -> Statistics | None:
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # used now: evicted last
-    return found
+    return keys, found
 
 
-def write(folder: Path, key: str, made: Statistics) -> int:
-    """Keep the statistics of a chunk: written under another name, then renamed. Returns the file's size in bytes.
+def write(folder: Path, keys: Sequence[str], made: Statistics) -> int:
+    """Keep the statistics of neighbouring chunks: written under another name, then renamed. Returns the file's size in bytes.
 
     Raises:
         OSError: the disk is full, or not ours to write to.
     """
-    body = bytes.fromhex(key) + statistics.to_bytes(made)
+    body = len(keys).to_bytes(COUNT_BYTES, "big") + bytes.fromhex("".join(keys)) + statistics.to_bytes(made)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # statistics tell something about the data
     handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
     try:
         with open(handle, "wb") as file:
             file.write(MAGIC + hashlib.sha256(body).digest() + body)
-        os.replace(name, folder / (key + SUFFIX))
+        os.replace(name, folder / (keys[0] + SUFFIX))
     except BaseException:  # Ctrl-C too
         with contextlib.suppress(OSError):
             os.unlink(name)
@@ -177,79 +181,11 @@ def evict(folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
         total -= size
 
 
-class Remembered:
-    """`observe_chunk` that looks on disk first, and writes what it had to make. It is called in its place.
-
-    taken: batches whose statistics came from disk. kept: batches whose statistics are on disk now; a run that is
-    interrupted loses the others.
-    """
-
-    def __init__(self, observe_chunk: ObserveChunk, run: bytes, folder: Path | None, note: Note) -> None:
-        self.taken = self.kept = 0
-        self._observe, self._run, self._folder, self._note = observe_chunk, run, folder, note
-        self._written = 0
-        if folder is not None:
-            evict(folder)
-
-    def __call__(self, batches: Sequence[Batch], start: int) -> Statistics:
-        """Statistics of one chunk of batches, of which the first has the number `start`."""
-        if self._folder is None:
-            return self._observe(batches, start)
-        key = self.key(batches, start)
-        found = self.look(key, len(batches))
-        if found is None:
-            found = self._observe(batches, start)
-            self.keep(key, found, len(batches))
-        return found
-
-    def key(self, batches: Sequence[Batch], start: int) -> str:
-        """The name of these batches' statistics."""
-        return chunk_key(self._run, batches, start)
-
-    def look(self, key: str, batches: int) -> Statistics | None:
-        """What is on disk under `key`, the statistics of that many batches."""
-        found = read(self._folder, key, self._note) if self._folder is not None else None
-        if found is not None:
-            self.taken += batches
-            self.kept += batches
-        return found
-
-    def keep(self, key: str, made: Statistics, batches: int) -> None:
-        """Write the statistics of that many batches. A disk that is full ends the cache, and not the calibration."""
-        if self._folder is None:
-            return
-        try:
-            self._written += write(self._folder, key, made)
-        except OSError as error:
-            self._note(
-                f"calibration cache: {self._folder}: {error.strerror or error}; nothing more is kept of this run"
-            )
-            self._folder = None
-            return
-        self.kept += batches
-        if self._written > LOOK_EVERY_BYTES:
-            evict(self._folder)
-            self._written = 0
-
-    def interrupted(self) -> str:
-        """What to tell someone who pressed Ctrl-C."""
-        if self._folder is None and not self.kept:
-            return "interrupted; the calibration cache is off, so no batch is kept"
-        return f"interrupted; {self.kept} batches are kept, run again to go on"
-
-
-def remembered(
-    observe_chunk: ObserveChunk, run: bytes, folder: Path | None, note: Note = lambda text: None
-) -> Remembered:
-    """`observe_chunk` with a memory: what it has seen, in this process or in one that was killed, is not run again.
-
-    Args:
-        observe_chunk: of `observer`: the batches of a chunk and the number of its first -> Statistics.
-        run: `run_key`.
-        folder: where to keep statistics: `place()`; None keeps nothing.
-        note: told of files that are ignored, and of a disk that is full.
-    """
-    return Remembered(observe_chunk, run, folder, note)
+def remove(folder: Path, keys: Iterable[str]) -> None:
+    """Remove the files of chunks that another file holds now."""
+    for key in keys:
+        with contextlib.suppress(OSError):
+            (folder / (key + SUFFIX)).unlink()
 
 
 def _code() -> bytes:

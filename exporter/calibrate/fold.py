@@ -7,7 +7,8 @@
 
 Sums of floats depend on the order of additions: one process, any number of workers, and a run that was interrupted and resumed
 must add in the same one. Any 2^k neighbours that begin at a multiple of 2^k are a tree of their own: a part of the work can be
-merged elsewhere and put in as one value. The tree also rounds less than a sum from left to right: log2(n) times, not n.
+merged elsewhere and put in as one value, of the `size` 2^k. The tree also rounds less than a sum from left to right: log2(n)
+times, not n.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ def cut(items: Iterable[T], size: int) -> Iterator[tuple[int, list[T]]]:
         yield start, taken
 
 
-def fold(values: Iterable[T], merge: Callable[[T, T], T]) -> T | None:
-    """Merge the values, in their order; None when there is none. Holds log2(n) of them at a time."""
-    waiting: list[tuple[int, T]] = []  # (size, merged), sizes are falling powers of two
+def fold(values: Iterable[T], merge: Callable[[T, T], T], size: Callable[[T], int] = lambda value: 1) -> T | None:
+    """Merge the values, in their order; None when there is none. Holds log2(n) of them at a time.
+
+    `size`: how many pieces a value is of already, a power of two, as the tree has them.
+    """
+    waiting: list[tuple[int, T]] = []  # sizes are falling powers of two
     for value in values:
-        size = 1
-        while waiting and waiting[-1][0] == size:
-            value, size = merge(waiting.pop()[1], value), 2 * size
-        waiting.append((size, value))
+        pieces = size(value)
+        while waiting and waiting[-1][0] == pieces:
+            value, pieces = merge(waiting.pop()[1], value), 2 * pieces
+        waiting.append((pieces, value))
     if not waiting:
         return None
     merged = waiting.pop()[1]

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import pytest
 from exporter import cluster
 from exporter.batches import Batch
 from exporter.calibrate import cache, observe, observer, statistics
+from exporter.calibrate.memory import Chunk, Memory, cut_chunks
 from exporter.calibrate.observe import CHUNK
-from exporter.cluster import Cluster, ClusterError
+from exporter.calibrate.statistics import Statistics
+from exporter.cluster import Cluster, ClusterError, connection, tasks
 from exporter.errors import CalibrationError
 from runtime import drift
 from runtime import manifest as manifests
@@ -40,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = "(float[N,8] x) => (float[N,4] y) { [a] h = Gemm(x, v, b)\n [r] r = Relu(h)\n [e] y = Gemm(r, w) }"
 MODEL = graphs.model(TEXT, {"v": graphs.noise(1, 8, 16), "b": graphs.noise(2, 16), "w": graphs.noise(3, 16, 4)})
 NAMES, CHANNELS = ("x", "h", "y"), (("h", 1), ("y", 1))
-GROUP = cluster.GROUP * CHUNK
+GROUP = tasks.GROUP * CHUNK
 COUNT = 3 * GROUP + 2 * CHUNK + 3  # whole groups, whole chunks, and a part of one
 LONG = 12 * GROUP
 
@@ -54,22 +57,21 @@ def here(count: int = COUNT) -> bytes:
     return statistics.to_bytes(observe(MODEL, NAMES, data(count), CHANNELS, True))
 
 
-def there(to: Cluster, batches: Iterator[Batch], memory: cache.Remembered | None = None) -> bytes:
+def there(to: Cluster, batches: Iterator[Batch], memory: Memory | None = None) -> bytes:
     return statistics.to_bytes(cluster.observe(to, MODEL, NAMES, batches, CHANNELS, True, memory))
 
 
-def tasks(to: Cluster) -> int:
+def known(to: Cluster) -> int:
     """How many tasks the scheduler knows of; a task holds its batches."""
     return int(to.client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
 
 
 def are_forgotten(to: Cluster) -> bool:
-    """Whether the scheduler drops every task, soon after the client has."""
-    until = time.monotonic() + 60
-    while tasks(to) and time.monotonic() < until:
-        gc.collect()  # a future is forgotten when the last reference to it goes
-        time.sleep(0.05)
-    return tasks(to) == 0
+    """Whether the scheduler has dropped every task that the client has. It hears from a client in order, so a task tells when."""
+    gc.collect()  # a future is forgotten when the last reference to it goes
+    echo = to.client.submit(int, key=f"echo-{uuid.uuid4().hex}")
+    assert echo.result() == 0
+    return known(to) == 1
 
 
 class Processes:
@@ -127,7 +129,7 @@ def connected(processes: Processes) -> Iterator[Cluster]:
 def test_scheduler_without_workers_is_an_error_that_says_how_to_start_one(
     processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.5)
     with pytest.raises(ClusterError, match="no workers") as failure, cluster.connect(processes.address):
         pass
     assert failure.value.do == f"start some: dask worker {processes.address}"
@@ -174,13 +176,13 @@ def test_worker_killed_in_the_middle_changes_nothing(processes: Processes) -> No
 
 def test_no_more_than_a_window_of_batches_is_under_way_however_long_the_data_are(connected: Cluster) -> None:
     most = 0
-    window = max(cluster.GROUP, cluster.AHEAD * connected.threads) + cluster.GROUP  # chunks
+    window = max(tasks.GROUP, tasks.AHEAD * connected.threads) + tasks.GROUP  # chunks
 
     def stream() -> Iterator[Batch]:
         nonlocal most
         for number, batch in enumerate(data(LONG)):
             if number % GROUP == GROUP - 1:
-                most = max(most, tasks(connected))
+                most = max(most, known(connected))
             yield batch
 
     there(connected, stream())
@@ -189,8 +191,8 @@ def test_no_more_than_a_window_of_batches_is_under_way_however_long_the_data_are
 
 
 def test_large_batches_keep_fewer_of_them_under_way(connected: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "AHEAD", 100)
-    monkeypatch.setattr(cluster, "AHEAD_BYTES", 1)
+    monkeypatch.setattr(tasks, "AHEAD", 100)
+    monkeypatch.setattr(tasks, "AHEAD_BYTES", 1)
     read = 0
     ahead: list[int] = []
 
@@ -200,17 +202,16 @@ def test_large_batches_keep_fewer_of_them_under_way(connected: Cluster, monkeypa
             read += 1
             yield batch
 
-    asked = cluster._Asked(model=b"", tensors=(), channels=(), histograms=False)
     done = 0
-    for value in cluster._grouped(connected, asked, _count, _add, stream(), None):
+    for value, _ in tasks.grouped(connected, None, _counter, _add, cut_chunks(stream())):
         done += value
         ahead.append(read - done)
     assert done == LONG
     assert max(ahead) <= GROUP
 
 
-def _count(asked: object, chunk: Any) -> int:
-    return len(chunk.batches)
+def _counter(asked: None) -> Callable[[Sequence[Batch], int], int]:
+    return lambda batches, start: len(batches)
 
 
 def _add(a: int, b: int) -> int:
@@ -270,14 +271,45 @@ def test_ctrl_c_keeps_whole_groups_and_drops_the_rest_and_the_next_run_goes_on(
         yield from data(LONG - 1)
         raise KeyboardInterrupt
 
-    memory = cache.remembered(observer(MODEL, NAMES), run, tmp_path)
+    memory = Memory(run, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         there(connected, stream(), memory)
     assert memory.kept > 0 and memory.kept % GROUP == 0
     assert are_forgotten(connected)
-    again = cache.remembered(observer(MODEL, NAMES), run, tmp_path)
+    again = Memory(run, tmp_path)
     assert there(connected, data(LONG), again) == here(LONG)
     assert again.taken == memory.kept
+
+
+def test_cluster_and_one_process_go_on_where_the_other_was_interrupted(connected: Cluster, tmp_path: Path) -> None:
+    run = cache.run_key(MODEL, NAMES, CHANNELS, True, {}, connected.cpus)
+    assert run == cache.run_key(MODEL, NAMES, CHANNELS, True, {})
+    ran: list[int] = []
+
+    def look(batches: Sequence[Batch], start: int) -> Statistics:
+        ran.append(start)
+        return observer(MODEL, NAMES, CHANNELS, True)(batches, start)
+
+    def alone(count: int) -> bytes:
+        return statistics.to_bytes(Memory(run, tmp_path).gather(look, data(count)))
+
+    first = 3 * CHUNK + GROUP  # not where a group of the cluster ends
+    assert alone(first) == here(first)
+    memory = Memory(run, tmp_path)
+    assert there(connected, data(), memory) == here()
+    assert memory.taken == first
+    ran.clear()
+    assert alone(LONG) == here(LONG)
+    assert ran == list(range(COUNT - 3, LONG, CHUNK))  # but for the last chunk, which was not whole
+
+
+def test_groups_are_whole_where_they_can_be_and_powers_of_two_where_a_part_is_known() -> None:
+    def chunk(number: int) -> Chunk:
+        return Chunk(batches=[], start=number * CHUNK)
+
+    given = [chunk(0), "1", *map(chunk, range(2, 11)), "11", *map(chunk, range(12, 15))]
+    found = [value or [each.start // CHUNK for each in chunks] for chunks, value in tasks._groups(given)]
+    assert found == [[0], "1", [2, 3], [4, 5, 6, 7], [8, 9], [10], "11", [12, 13], [14]]
 
 
 def test_bad_batch_has_the_error_of_one_process(connected: Cluster) -> None:
@@ -373,7 +405,7 @@ def _pretend_cpu(kind: str) -> None:
 
 
 def test_no_scheduler_at_the_address_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.5)
     with pytest.raises(ClusterError, match="no scheduler") as failure, cluster.connect("tcp://127.0.0.1:9"):
         pass
     assert failure.value.what == "--cluster tcp://127.0.0.1:9"
@@ -388,15 +420,15 @@ def test_address_that_is_none_is_refused(address: str) -> None:
 
 
 def test_without_dask_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    monkeypatch.setattr(connection, "find_spec", lambda name: None)
     with pytest.raises(ClusterError) as failure, cluster.connect("local:1"):
         pass
     assert failure.value.do == "pip install 'packlight[dask]'"
 
 
 def test_no_worker_for_too_long_ends_the_wait(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "WORKERS_SECONDS", 0.5)
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(tasks, "WORKERS_SECONDS", 0.5)
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.2)
     processes.grow(1)
     with cluster.connect(processes.address) as opened:
 
@@ -416,7 +448,7 @@ def test_no_worker_for_too_long_ends_the_wait(processes: Processes, monkeypatch:
 def test_scheduler_that_dies_ends_the_run_with_an_error(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
     processes.grow(1)  # the last test that needs them
     with cluster.connect(processes.address):
-        monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+        monkeypatch.setattr(connection, "CONNECT_SECONDS", 1.0)
     with cluster.connect(processes.address) as opened:
 
         def stream() -> Iterator[Batch]:

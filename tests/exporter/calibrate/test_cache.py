@@ -1,21 +1,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from exporter.batches import Batch
-from exporter.calibrate import cache, observe, observer, statistics
-from exporter.calibrate.cache import Remembered
-from exporter.calibrate.fold import cut, fold
+from exporter.calibrate import cache, observe, statistics
 from exporter.calibrate.observe import CHUNK
-from exporter.calibrate.statistics import Statistics
 from tests.exporter import graphs
 
 TEXT = "(float[N,8] x) => (float[N,4] y) { [a] h = Gemm(x, v, b)\n [r] r = Relu(h)\n [e] y = Gemm(r, w) }"
@@ -23,84 +16,28 @@ MODEL = graphs.model(TEXT, {"v": graphs.noise(1, 8, 16), "b": graphs.noise(2, 16
 NAMES, CHANNELS = ("x", "h", "y"), (("h", 1),)
 TABLE = {"method": "minmax"}
 RUN = cache.run_key(MODEL, NAMES, CHANNELS, True, TABLE)
-CHUNKS = 10
-COUNT = CHUNKS * CHUNK
-KILLED = 6 * CHUNK  # 60 %
+KEYS = tuple(f"{number:064x}" for number in range(1, 4))
 
 
-def data(count: int = COUNT) -> Iterator[Batch]:
+def data(count: int = CHUNK) -> Iterator[Batch]:
     return ({"x": graphs.noise(number, 1 + number % 3, 8)} for number in range(count))
 
 
-class Counted:
-    """An observer that counts the batches on which the model runs."""
-
-    def __init__(self) -> None:
-        self.ran: list[int] = []
-        self._look = observer(MODEL, NAMES, CHANNELS, True)
-
-    def __call__(self, batches: Sequence[Batch], start: int) -> Statistics:
-        self.ran += range(start, start + len(batches))
-        return self._look(batches, start)
+MADE = observe(MODEL, NAMES, data(), CHANNELS, True)
 
 
-def calibrate(look: Remembered, batches: Iterable[Batch]) -> bytes:
-    found = fold((look(chunk, start) for start, chunk in cut(batches, CHUNK)), statistics.merge)
+def path(folder: Path, key: str) -> Path:
+    return folder / (key + cache.SUFFIX)
+
+
+def test_what_was_written_is_read_under_the_first_of_its_keys(tmp_path: Path) -> None:
+    size = cache.write(tmp_path / "new", KEYS, MADE)
+    assert path(tmp_path / "new", KEYS[0]).stat().st_size == size
+    found = cache.read(tmp_path / "new", KEYS[0], print)
     assert found is not None
-    return statistics.to_bytes(found)
-
-
-def plain(count: int = COUNT) -> bytes:
-    return statistics.to_bytes(observe(MODEL, NAMES, data(count), CHANNELS, True))
-
-
-def until_killed(folder: str) -> None:
-    """What the child process does: it dies, without a chance to tidy up, when the batch at 60 % is asked for."""
-
-    def stream() -> Iterator[Batch]:
-        for number, batch in enumerate(data()):
-            if number == KILLED:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch
-
-    calibrate(cache.remembered(Counted(), RUN, Path(folder)), stream())
-
-
-def test_run_killed_at_60_percent_is_resumed_to_the_same_bytes_and_runs_only_the_rest(tmp_path: Path) -> None:
-    code = f"from {__name__} import until_killed; until_killed({str(tmp_path)!r})"
-    root = Path(__file__).parents[3]
-    ran = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=120, capture_output=True, text=True)
-    assert ran.returncode == -signal.SIGKILL, ran.stderr
-    counted = Counted()
-    look = cache.remembered(counted, RUN, tmp_path)
-    assert calibrate(look, data()) == plain()
-    assert counted.ran == list(range(KILLED, COUNT))
-    assert (look.taken, look.kept) == (KILLED, COUNT)
-
-
-def test_ctrl_c_keeps_every_whole_chunk_and_says_how_many_batches(tmp_path: Path) -> None:
-    def stream() -> Iterator[Batch]:
-        yield from data(2 * CHUNK + 1)
-        raise KeyboardInterrupt
-
-    look = cache.remembered(Counted(), RUN, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(look, stream())
-    assert look.interrupted() == f"interrupted; {2 * CHUNK} batches are kept, run again to go on"
-    again = Counted()
-    assert calibrate(cache.remembered(again, RUN, tmp_path), data()) == plain()
-    assert again.ran == list(range(2 * CHUNK, COUNT))
-
-
-def test_second_run_runs_nothing_and_its_files_have_the_same_bytes(tmp_path: Path) -> None:
-    first, second, counted = tmp_path / "1", tmp_path / "2", Counted()
-    for folder in (first, second):
-        assert calibrate(cache.remembered(Counted(), RUN, folder), data()) == plain()
-    assert calibrate(cache.remembered(counted, RUN, first), data()) == plain()
-    assert counted.ran == []
-    files = sorted(path.name for path in first.iterdir())
-    assert len(files) == CHUNKS
-    assert [(first / name).read_bytes() for name in files] == [(second / name).read_bytes() for name in files]
+    assert found[0] == KEYS
+    assert statistics.to_bytes(found[1]) == statistics.to_bytes(MADE)
+    assert cache.read(tmp_path / "new", KEYS[1], pytest.fail) is None
 
 
 OTHER = graphs.model(TEXT, {"v": graphs.noise(1, 8, 16), "b": graphs.noise(2, 16), "w": graphs.noise(4, 16, 4)})
@@ -118,10 +55,8 @@ OTHER = graphs.model(TEXT, {"v": graphs.noise(1, 8, 16), "b": graphs.noise(2, 16
     ],
     ids=["weights", "tensors", "channels", "histograms", "recipe", "cpu"],
 )
-def test_another_question_finds_nothing(tmp_path: Path, other: bytes) -> None:
-    calibrate(cache.remembered(Counted(), RUN, tmp_path), data())
-    look = cache.remembered(Counted(), other, tmp_path)
-    assert look.look(look.key(list(data(CHUNK)), 0), CHUNK) is None
+def test_another_question_has_another_key(other: bytes) -> None:
+    assert other != RUN
 
 
 def test_same_question_has_the_same_key_and_other_libraries_have_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,19 +66,6 @@ def test_same_question_has_the_same_key_and_other_libraries_have_another(monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(cache, "versions", lambda other=other: other)
             assert cache.run_key(MODEL, NAMES, CHANNELS, True, TABLE) != RUN
-
-
-def test_other_data_are_run_and_the_chunks_that_are_the_same_are_not(tmp_path: Path) -> None:
-    calibrate(cache.remembered(Counted(), RUN, tmp_path), data())
-    batches = list(data())
-    changed = batches[2 * CHUNK]["x"].copy()
-    changed.flat[3] = np.nextafter(changed.flat[3], np.float32(9))  # one bit of one value
-    batches[2 * CHUNK] = {"x": changed}
-    counted = Counted()
-    assert calibrate(cache.remembered(counted, RUN, tmp_path), batches) == statistics.to_bytes(
-        observe(MODEL, NAMES, batches, CHANNELS, True)
-    )
-    assert counted.ran == list(range(2 * CHUNK, 3 * CHUNK))
 
 
 def test_order_of_batches_is_part_of_the_key(tmp_path: Path) -> None:
@@ -156,67 +78,53 @@ def test_order_of_batches_is_part_of_the_key(tmp_path: Path) -> None:
     )
 
 
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
 @pytest.mark.parametrize(
     ("spoilt", "said"),
     [
         (lambda content: content[: len(content) // 2], "truncated, or changed on disk"),
-        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "truncated, or changed on disk"),
+        (flipped, "truncated, or changed on disk"),
         (lambda content: content[: len(cache.MAGIC) + 5], "truncated, or changed on disk"),
         (lambda content: b"PK\3\4 somebody else's file", "not statistics of this version of packlight"),
         (lambda content: b"", "not statistics of this version of packlight"),
     ],
     ids=["half", "bit", "head", "foreign", "empty"],
 )
-def test_spoilt_file_is_ignored_with_a_note_and_replaced(tmp_path: Path, spoilt: object, said: str) -> None:
-    calibrate(cache.remembered(Counted(), RUN, tmp_path), data(2 * CHUNK))
-    path = tmp_path / (cache.chunk_key(RUN, list(data(CHUNK)), 0) + cache.SUFFIX)
-    whole = path.read_bytes()
-    path.write_bytes(spoilt(whole))  # type: ignore[operator]
+def test_spoilt_file_is_ignored_with_a_note(tmp_path: Path, spoilt: Callable[[bytes], bytes], said: str) -> None:
+    cache.write(tmp_path, KEYS, MADE)
+    file = path(tmp_path, KEYS[0])
+    file.write_bytes(spoilt(file.read_bytes()))
     notes: list[str] = []
-    counted = Counted()
-    assert calibrate(cache.remembered(counted, RUN, tmp_path, notes.append), data(2 * CHUNK)) == plain(2 * CHUNK)
-    assert counted.ran == list(range(CHUNK))
-    assert notes == [f"calibration cache: {path} is ignored: {said}"]
-    assert path.read_bytes() == whole
+    assert cache.read(tmp_path, KEYS[0], notes.append) is None
+    assert notes == [f"calibration cache: {file} is ignored: {said}"]
 
 
 def test_file_of_other_data_under_this_name_is_ignored_with_a_note(tmp_path: Path) -> None:
-    calibrate(cache.remembered(Counted(), RUN, tmp_path), data(2 * CHUNK))
-    batches = list(data(2 * CHUNK))
-    first, second = (
-        tmp_path / (cache.chunk_key(RUN, batches[at : at + CHUNK], at) + cache.SUFFIX) for at in (0, CHUNK)
-    )
-    first.write_bytes(second.read_bytes())
+    cache.write(tmp_path, KEYS[:2], MADE)
+    os.rename(path(tmp_path, KEYS[0]), path(tmp_path, KEYS[1]))
     notes: list[str] = []
-    assert calibrate(cache.remembered(Counted(), RUN, tmp_path, notes.append), batches) == plain(2 * CHUNK)
-    assert notes == [f"calibration cache: {first} is ignored: the statistics of other data"]
-
-
-def test_disk_that_refuses_ends_the_cache_with_one_note_and_not_the_calibration(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    notes: list[str] = []
-    look = cache.remembered(Counted(), RUN, tmp_path / "file" / "folder", notes.append)
-    assert calibrate(look, data()) == plain()
-    assert look.kept == 0
-    assert len(notes) == 1 and notes[0].endswith("nothing more is kept of this run")
-
-
-def test_without_a_folder_nothing_is_kept_and_the_statistics_are_the_same() -> None:
-    look = cache.remembered(Counted(), RUN, None)
-    assert calibrate(look, data()) == plain()
-    assert (look.taken, look.kept) == (0, 0)
-    assert look.interrupted() == "interrupted; the calibration cache is off, so no batch is kept"
+    assert cache.read(tmp_path, KEYS[1], notes.append) is None
+    assert notes == [f"calibration cache: {path(tmp_path, KEYS[1])} is ignored: the statistics of other data"]
 
 
 def test_what_was_used_longest_ago_is_evicted_first_and_foreign_files_are_left(tmp_path: Path) -> None:
-    calibrate(cache.remembered(Counted(), RUN, tmp_path), data())
     (tmp_path / "mine.txt").write_text("not ours")
-    paths = [tmp_path / (cache.chunk_key(RUN, chunk, start) + cache.SUFFIX) for start, chunk in cut(data(), CHUNK)]
-    for age, path in enumerate(paths):
-        os.utime(path, (1000 - age, 1000 - age))
-    assert cache.read(tmp_path, paths[-1].stem, print) is not None  # the oldest, but used now
-    cache.evict(tmp_path, sum(path.stat().st_size for path in (paths[-1], *paths[:2])))
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", *(path.name for path in (paths[-1], *paths[:2]))}
+    for age, key in enumerate(KEYS):
+        size = cache.write(tmp_path, [key], MADE)
+        os.utime(path(tmp_path, key), (1000 - age, 1000 - age))
+    assert cache.read(tmp_path, KEYS[-1], print) is not None  # the oldest, but used now
+    cache.evict(tmp_path, 2 * size)
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.txt", *(path(tmp_path, KEYS[n]).name for n in (0, 2))}
+
+
+def test_files_are_removed_where_they_are(tmp_path: Path) -> None:
+    for key in KEYS:
+        cache.write(tmp_path, [key], MADE)
+    cache.remove(tmp_path, [KEYS[0], KEYS[2], "0" * 64])
+    assert [*tmp_path.iterdir()] == [path(tmp_path, KEYS[1])]
 
 
 def test_temporary_files_of_killed_processes_go_and_those_of_running_ones_stay(tmp_path: Path) -> None:
@@ -224,8 +132,8 @@ def test_temporary_files_of_killed_processes_go_and_those_of_running_ones_stay(t
         (tmp_path / name).write_bytes(b"half")
         then = (tmp_path / name).stat().st_mtime - age
         os.utime(tmp_path / name, (then, then))
-    cache.remembered(Counted(), RUN, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".new.tmp"]
+    cache.evict(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [".new.tmp"]
 
 
 def test_place_is_the_users_cache_folder_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

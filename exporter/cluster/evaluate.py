@@ -1,0 +1,72 @@
+"""Drift of an int8 model on held-out batches, measured on the workers: sums that are exact in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter import heldout
+from exporter.batches import Batch
+from exporter.calibrate.fold import fold
+from exporter.calibrate.memory import cut_chunks
+from exporter.cluster.connection import Cluster
+from exporter.cluster.tasks import grouped
+from runtime import drift
+from runtime import manifest as manifests
+from runtime.bundle import verify
+from runtime.drift import Drift, Totals
+from runtime.errors import PacklightError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    """Two models, and the session entries of the second."""
+
+    fp32: bytes
+    int8: bytes
+    entries: tuple[tuple[str, str], ...]
+
+
+def evaluate(cluster: Cluster, bundle: str | Path, batches: Iterable[Batch]) -> Drift:
+    """Drift of a bundle's int8 model against its FP32 model on held-out batches: the same as in one process.
+
+    Args:
+        bundle: a folder with model.fp32.onnx in it.
+        batches: checked batches; read once.
+
+    Raises:
+        BundleError: not a bundle. PacklightError: no FP32 model in it, or no batches. Others as `total`.
+    """
+    folder = Path(bundle)
+    listed = verify(folder)
+    if not (folder / manifests.FP32).is_file():
+        raise PacklightError(str(folder / manifests.FP32), found="nothing", expected="the reference of the drift")
+    fp32, int8 = ((folder / name).read_bytes() for name in (manifests.FP32, manifests.INT8))
+    found = total(cluster, fp32, int8, listed.session, batches)
+    return found.drift() if found.batches else drift.measure([])
+
+
+def total(
+    cluster: Cluster, fp32: bytes, int8: bytes, entries: Mapping[str, str], batches: Iterable[Batch], first: int = 0
+) -> Totals:
+    """The sums of the drift of `int8` against `fp32`: `drift.total` on a cluster. There may be no batch.
+
+    Args:
+        entries: session entries of the target, for `int8`.
+        first: number of the first batch, for messages.
+
+    Raises:
+        CalibrationError: a batch that a model refuses, or on which the FP32 model gives NaN or infinity.
+        ClusterError: see `observe`.
+    """
+    asked = _Pair(fp32=fp32, int8=int8, entries=tuple(sorted(entries.items())))
+    groups = grouped(cluster, asked, _comparer, drift.merge, cut_chunks(batches, first))
+    found = fold((totals for totals, _ in groups), drift.merge)
+    return drift.total([]) if found is None else found
+
+
+def _comparer(pair: _Pair) -> Callable[[Sequence[Batch], int], Totals]:
+    """On a worker."""
+    run = heldout.runner(pair.fp32, pair.int8, dict(pair.entries))
+    return lambda batches, start: drift.total((run(batch, start + n) for n, batch in enumerate(batches)), start)
