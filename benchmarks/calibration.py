@@ -6,8 +6,9 @@
 
 Cost: 64 images of EfficientNet-Lite0 (samples/lite0) and 32 of a ViT-S/16 with seeded weights. Every row is a process of its own,
 so that its peak RSS is its own, and rows take turns. `fp32` is plain inference of the same samples; `minmax` and `percentile` are
-ours, with the time of observing and of finding ranges; `percentile + int8` quantizes too, as `ort percentile` does:
-quantize_static with CalibrationMethod.Percentile. `x2` is with twice the samples.
+ours, with the time of observing and of finding ranges; `percentile + int8` quantizes too. `ort percentile` is ONNX Runtime's
+quantize_static with CalibrationMethod.Percentile; `ort calibration` the part of it that finds ranges: create_calibrator,
+collect_data, compute_data. Imports and reading the plan are in no row. `x2` is with twice the samples.
 
 Methods: each FILE.py of FOLDER has INPUTS, OUTPUTS, NCALIB, calibration(n) yielding {input: array}, and model() or onnx_path().
 Batches are shuffled; ranges are from one half, `auto` compares on KEPT of them, and the SNR of the worst output is on the other
@@ -37,7 +38,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = ("fp32", "minmax", "percentile", "percentile + int8", "ort percentile")
+THEIRS = ("ort calibration", "ort percentile")
+ROWS = ("fp32", "minmax", "percentile", "percentile + int8", *THEIRS)
 SAMPLES = {"lite0": 64, "vit-s": 32}
 BATCHES, KEPT = 64, 64
 FLAT_SAMPLES = 20_000
@@ -105,7 +107,7 @@ def stream(folder: Path, name: str, count: int) -> Iterator[Batch]:
 
 def child(row: str, name: str, count: int, folder: Path) -> None:
     """One row: prints seconds and peak RSS in MB."""
-    work = (_theirs if row == "ort percentile" else _plain if row == "fp32" else _ours)(row, name, count, folder)
+    work = (_theirs if row in THEIRS else _plain if row == "fp32" else _ours)(row, name, count, folder)
     start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start
@@ -146,6 +148,8 @@ def _ours(row: str, name: str, count: int, folder: Path) -> Callable[[], None]:
 
 def _theirs(row: str, name: str, count: int, folder: Path) -> Callable[[], None]:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
+    from onnxruntime.quantization.calibrate import create_calibrator
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -155,13 +159,21 @@ def _theirs(row: str, name: str, count: int, folder: Path) -> Callable[[], None]
             batch = next(self.left, None)
             return None if batch is None else dict(batch)
 
-    def work() -> None:
+    def calibrate() -> None:
+        calibrator = create_calibrator(
+            folder / f"{name}.onnx", list({*QLinearOpsRegistry, *QDQRegistry}),  # those that quantize_static takes
+            augmented_model_path=str(folder / f"{name}.augmented.onnx"), calibrate_method=CalibrationMethod.Percentile,
+        )  # fmt: skip
+        calibrator.collect_data(Reader())
+        calibrator.compute_data()
+
+    def quantize() -> None:
         quantize_static(
             folder / f"{name}.onnx", folder / f"{name}.ort.onnx", Reader(), per_channel=True,
             activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.Percentile,
         )  # fmt: skip
 
-    return work
+    return calibrate if row == "ort calibration" else quantize
 
 
 def spawned(row: str, name: str, count: int, folder: Path) -> tuple[float, float]:
@@ -180,7 +192,7 @@ def cost(names: list[str], rounds: int, folder: Path) -> None:
         took: dict[str, list[tuple[float, float]]] = {row: [] for row in ROWS}
         for turn in range(rounds):
             for row in ROWS:
-                if row != "ort percentile" or not turn:
+                if row not in THEIRS or not turn:
                     took[row].append(spawned(row, name, count, folder))
         twice = {row: spawned(row, name, 2 * count, folder)[1] for row in ROWS[1:3]}
         best = {row: (statistics.median(s for s, _ in each), max(m for _, m in each)) for row, each in took.items()}
