@@ -1,8 +1,8 @@
 """What calibration costs, in time and memory, beside FP32 inference and ONNX Runtime's; and what each method gives.
 
     python benchmarks/calibration.py                       # cost: EfficientNet-Lite0 and a ViT-S/16; some minutes, 10 GB for ORT's
-    python benchmarks/calibration.py --flat docs/flat.svg  # memory over 20,000 samples, as a plot; a minute
-    python benchmarks/calibration.py --methods FOLDER ...  # output SNR of every method, on models of your own
+    python benchmarks/calibration.py --flat SVG FILE.py    # memory over 20,000 samples of a model of your own, as a plot
+    python benchmarks/calibration.py --methods FOLDER      # output SNR of every method, on models of your own
 
 Cost: 64 images of EfficientNet-Lite0 (samples/lite0) and 32 of a ViT-S/16 with seeded weights. Every row is a process of its own,
 so that its peak RSS is its own, and rows take turns. `fp32` is plain inference of the same samples; `minmax` and `percentile` are
@@ -10,9 +10,10 @@ ours, with the time of observing and of finding ranges; `percentile + int8` quan
 quantize_static with CalibrationMethod.Percentile; `ort calibration` the part of it that finds ranges: create_calibrator,
 collect_data, compute_data. Imports and reading the plan are in no row. `x2` is with twice the samples.
 
-Methods: each FILE.py of FOLDER has INPUTS, OUTPUTS, NCALIB, calibration(n) yielding {input: array}, and model() or onnx_path().
-Batches are shuffled; ranges are from one half, `auto` compares on KEPT of them, and the SNR of the worst output is on the other
-half. --only NAME ... measures some.
+Methods: each FILE.py of FOLDER has INPUTS, OUTPUTS, calibration(n) yielding {input: array}, and model() or onnx_path(); and may
+have evaluate(run), run taking {input: array} and returning a list of outputs. At most --batches different ones are shuffled; ranges
+are from one half, `auto` compares on KEPT of them, and the SNR of the worst output is on the other half, the same for every method.
+--only NAME ... measures some; --seed shuffles otherwise.
 
 How to read it: seconds and megabytes are this machine's; compare ratios of one run.
 """
@@ -20,6 +21,7 @@ How to read it: seconds and megabytes are this machine's; compare ratios of one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -33,16 +35,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from exporter.place import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 THEIRS = ("ort calibration", "ort percentile")
 ROWS = ("fp32", "minmax", "percentile", "percentile + int8", *THEIRS)
 SAMPLES = {"lite0": 64, "vit-s": 32}
-BATCHES, KEPT = 64, 64
-FLAT_SAMPLES = 20_000
+BATCHES, KEPT = 512, 64
+FLAT_SAMPLES, FLAT_REAL = 20_000, 256
 
 Batch = Mapping[str, np.ndarray]
 
@@ -207,45 +214,53 @@ def cost(names: list[str], rounds: int, folder: Path) -> None:
             )
 
 
-def flat(out: Path) -> None:
-    """Resident memory while a small CNN is calibrated on generated samples, as an SVG."""
-    import exporter
-    from exporter import graph, place, prepare, target, trace
+def flat(out: Path, path: Path) -> None:
+    """Resident memory while a model of FILE.py is calibrated on generated samples, as an SVG.
+
+    A sample is one of FLAT_REAL of the file's own calibration batches, its floats times a random number from 1 to 2.
+    """
     from exporter.calibrate import observe
 
-    def sample(number: int) -> Batch:
-        rng = np.random.default_rng(number)
-        return {"image": rng.random((1, 1, 28, 28), np.float32) * np.float32(1 + rng.random())}
-
-    import torch
-
-    torch.manual_seed(0)
-    layers = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 16, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(),
-        torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(800, 10),
-    )  # fmt: skip
-    source = exporter.from_module(layers.eval(), inputs=dict(sample(0)), outputs=["logits"])
-    model = prepare.to_quantizable(trace.to_onnx(source).model, sample(0)).model
-    plan = place.decide(model, target.by_name("portable"), (), graph.shapes(model, sample(0)))
+    case = loaded(path)
+    real: list[Batch] = list(case.calibration(FLAT_REAL))
+    model, plan = prepared(case, real[0])
     memory: list[tuple[int, float]] = []
 
-    def watched() -> Iterator[Batch]:
+    def samples() -> Iterator[Batch]:
+        rng = np.random.default_rng(0)
         for number in range(FLAT_SAMPLES):
             if number % 200 == 0:
                 memory.append((number, _memory("VmRSS")))
-            yield sample(number)
+            factor = np.float32(1 + rng.random())
+            batch = real[number % len(real)]
+            yield {name: array * factor if array.dtype == np.float32 else array for name, array in batch.items()}
 
     start = time.perf_counter()
-    observe(model, plan.tensors, watched(), (), True)
+    observe(model, plan.tensors, samples(), (), True)
     memory.append((FLAT_SAMPLES, _memory("VmRSS")))
     seconds = time.perf_counter() - start
     out.write_text(_svg(memory), encoding="utf-8")
     early = max(m for n, m in memory if n <= FLAT_SAMPLES // 10)
     print(
-        f"{FLAT_SAMPLES} samples, histograms, {FLAT_SAMPLES / seconds:.0f} a second: "
+        f"{path.stem}: {FLAT_SAMPLES} samples, histograms, {FLAT_SAMPLES / seconds:.0f} a second: "
         f"{memory[0][1]:.0f} MB at first, at most {early:.0f} MB in the first tenth, "
         f"{max(m for _, m in memory):.0f} MB in all, {memory[-1][1]:.0f} MB at last -> {out}"
     )
+
+
+def prepared(case: ModuleType, batch: Batch) -> tuple[ir.Model, Plan]:
+    """The model of a FILE.py as calibration takes it."""
+    import exporter
+    from exporter import graph, place, prepare, target, trace
+
+    if hasattr(case, "model"):
+        free = getattr(case, "DYNAMIC", None) or None
+        example = {name: batch[name] for name in case.INPUTS}
+        source = exporter.from_module(case.model().eval(), inputs=example, outputs=list(case.OUTPUTS), dynamic=free)
+    else:
+        source = exporter.from_onnx(case.onnx_path())
+    model = prepare.to_quantizable(trace.to_onnx(source).model, batch).model
+    return model, place.decide(model, target.by_name("x86-vnni"), (), graph.shapes(model, batch))
 
 
 def _memory(field: str) -> float:
@@ -270,7 +285,7 @@ def _svg(points: list[tuple[int, float]]) -> str:
         for n in range(0, points[-1][0] + 1, points[-1][0] // 4)
     ) + "".join(
         f'<text x="{left - 6}" y="{float(at(0, m).split(",")[1]) + 4:.1f}" text-anchor="end">{m:.0f}</text>'
-        for m in (0, top / 4, top / 2, 3 * top / 4)
+        for m in range(0, int(top), 100)
     )
     axis = f"{at(0, top)} {at(0, 0)} {at(points[-1][0], 0)}"
     return (
@@ -283,41 +298,29 @@ def _svg(points: list[tuple[int, float]]) -> str:
     )
 
 
-def compare(cases: list[Path]) -> None:
+def compare(cases: list[Path], most: int, seed: int) -> None:
     """The table of methods."""
     from exporter.calibrate import methods
 
     columns = (*methods.METHODS, "auto")
-    print("| case | calibration / held out | " + " | ".join(columns) + " | auto - best | changed | s |")
-    print("|---" * (len(columns) + 5) + "|")
+    print("| case | calibration / held out | " + " | ".join(columns) + " | auto - best | changed |")
+    print("|---" * (len(columns) + 4) + "|")
     for path in cases:
-        print(_compared(path), flush=True)
+        print(_compared(path, most, seed), flush=True)
 
 
-def _compared(path: Path) -> str:
-    import exporter
-    from exporter import graph, place, prepare, quantize, target, trace
+def _compared(path: Path, most: int, seed: int) -> str:
+    from exporter import graph, quantize
     from exporter.calibrate import auto, methods, observe
 
     case = loaded(path)
-    batches: list[Batch] = list(case.calibration(2 * max(BATCHES, getattr(case, "NCALIB", BATCHES))))
-    order = np.random.default_rng(0).permutation(
-        len(batches)
-    )  # what people give is sorted by class more often than not
+    model, plan = prepared(case, next(iter(case.calibration(most))))
+    batches = _different(case, graph.runner(model), most)
+    order = np.random.default_rng(seed).permutation(len(batches))  # given data are sorted by class more often than not
     seen, unseen = ([batches[i] for i in part] for part in np.array_split(order, 2))
-    if hasattr(case, "model"):
-        free = getattr(case, "DYNAMIC", None) or None
-        example = {name: batches[0][name] for name in case.INPUTS}
-        source = exporter.from_module(case.model().eval(), inputs=example, outputs=list(case.OUTPUTS), dynamic=free)
-    else:
-        source = exporter.from_onnx(case.onnx_path())
-    model = prepare.to_quantizable(trace.to_onnx(source).model, batches[0]).model
-    plan = place.decide(model, target.by_name("x86-vnni"), (), graph.shapes(model, batches[0]))
     given = auto.candidates(model, observe(model, plan.tensors, seen, (), True))
     int8 = quantize.to_int8(model, plan, given["minmax"])
-    start = time.perf_counter()
     chosen = auto.choose(model, int8, given, seen[:KEPT])
-    seconds = time.perf_counter() - start
     measure = auto.evaluator(model, int8, unseen)
     snr = [measure(given[method]).snr_db for method in methods.METHODS]
     ours = measure(chosen.ranges).snr_db
@@ -326,16 +329,43 @@ def _compared(path: Path) -> str:
         f"{len(seen)} / {len(unseen)}",
         *(f"{value:.2f}" for value in (*snr, ours)),
         f"{ours - max(snr):+.2f}",
+        f"{len(chosen.changed)} of {len(chosen.choices)}",
     ]
-    return "| " + " | ".join([*cells, f"{len(chosen.changed)} of {len(chosen.choices)}", f"{seconds:.0f}"]) + " |"
+    return "| " + " | ".join(cells) + " |"
+
+
+def _different(case: ModuleType, run: Callable[[Batch], Mapping[str, np.ndarray]], most: int) -> list[Batch]:
+    """At most `most` batches, no two alike: those to calibrate with, then what evaluate(run) of the case runs."""
+    from exporter import batches
+
+    found: dict[str, Batch] = {}
+
+    class Enough(Exception):
+        pass
+
+    def take(batch: Batch) -> list[np.ndarray]:
+        if len(found) == most:
+            raise Enough
+        found.setdefault(batches.digest(batch), batch)
+        made = run(batch)
+        return [made[name] for name in case.OUTPUTS or made]
+
+    for batch in itertools.islice(case.calibration(most), most):
+        found.setdefault(batches.digest(batch), batch)
+    if len(found) < most and hasattr(case, "evaluate"):
+        with contextlib.suppress(Enough):
+            case.evaluate(take)
+    return [*found.values()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--flat", type=Path, metavar="SVG")
+    parser.add_argument("--flat", nargs=2, type=Path, metavar=("SVG", "FILE.py"))
     parser.add_argument("--methods", type=Path, metavar="FOLDER")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--batches", type=int, default=BATCHES, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="of the split into two halves")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -343,9 +373,10 @@ def main() -> None:
         row, name, count, folder = given.child
         child(row, name, int(count), Path(folder))
     elif given.flat:
-        flat(given.flat)
+        flat(*given.flat)
     elif given.methods:
-        compare([p for p in sorted(given.methods.glob("*.py")) if not given.only or p.stem in given.only])
+        cases = [p for p in sorted(given.methods.glob("*.py")) if not given.only or p.stem in given.only]
+        compare(cases, given.batches, given.seed)
     else:
         with tempfile.TemporaryDirectory() as folder:
             cost(given.only or [*SAMPLES], given.rounds, Path(folder))
