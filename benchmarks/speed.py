@@ -27,8 +27,9 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ TARGETS = ("portable", "x86-vnni")
 WARM_UP = 3
 
 Batch = Mapping[str, np.ndarray]
+Call = Callable[[], float]  # seconds: what one run of a model took, or a clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,13 +118,24 @@ def _pre_process(fp32: Path, out: Path) -> None:
 def medians_ms(models: Sequence[Model], batch: Batch, rounds: int) -> list[float]:
     """Median milliseconds of each model, taken in turn."""
     sessions = [open_session(model.path, threads=1, entries=model.entries) for model in models]
-    times: list[list[float]] = [[] for _ in models]
+    return in_turn([partial(seconds, session, batch) for session in sessions], rounds)
+
+
+def seconds(session: onnxruntime.InferenceSession, batch: Batch, clock: Call = time.perf_counter) -> float:
+    """How long one run of a bare session takes."""
+    start = clock()
+    session.run(None, dict(batch))
+    return clock() - start
+
+
+def in_turn(calls: Sequence[Call], rounds: int) -> list[float]:
+    """Median milliseconds of each call, made in turn."""
+    times: list[list[float]] = [[] for _ in calls]
     for number in range(WARM_UP + rounds):
-        for session, taken in zip(sessions, times, strict=True):
-            start = time.perf_counter()
-            session.run(None, dict(batch))
+        for call, taken in zip(calls, times, strict=True):
+            took = call()
             if number >= WARM_UP:
-                taken.append(time.perf_counter() - start)
+                taken.append(took)
     return [statistics.median(taken) * 1e3 for taken in times]
 
 
