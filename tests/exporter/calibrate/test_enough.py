@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exporter.calibrate import Range, Ranges, enough, observe, observer, statistics
+from exporter import quantize
+from exporter.calibrate import Range, Ranges, auto, distinguish, enough, observe, observer, statistics
 from exporter.calibrate.enough import Coverage
 from exporter.calibrate.observe import CHUNK
 from exporter.calibrate.statistics import Statistics
 from exporter.errors import CalibrationError
-from tests.exporter import graphs
+from tests import models
+from tests.exporter import graphs, stages
 
 NEG = graphs.model("(float[N,M] x) => (float[N,M] y) { [n] y = Neg(x) }")
 
@@ -142,6 +144,18 @@ def test_range_of_width_0_covers_nothing_else() -> None:
     limit = Range(low=0, high=0, elements=1, masked=0)
     assert (covered(nothing, some, limit).error, covered(nothing, some, limit).beyond) == (np.inf, np.inf)
     assert covered(nothing, nothing, limit).error == 1
+
+
+@pytest.mark.parametrize(("count", "uncovered"), [(2, True), (16, False)])
+def test_uncovered_tensors_are_those_that_cost_the_outputs_of_heldout_data(count: int, uncovered: bool) -> None:
+    model, plan = stages.prepared("residual").model, stages.plan("residual")
+    seen, unseen = list(models.batches("residual", 1, count)), list(models.batches("residual", 2, 64))
+    found, heldout = (observe(model, plan.tensors, each, (), True) for each in (seen, unseen))
+    ranges = distinguish(model, found.ranges)
+    int8 = quantize.to_int8(model, plan, ranges)
+    lost = -np.diff([auto.evaluator(model, int8, each)(ranges).snr_db for each in (seen, unseen)])[0]
+    assert any(each.uncovered for each in enough.judge(found, heldout, ranges, model).coverage) is uncovered
+    assert lost > 6 if uncovered else lost < 3
 
 
 def test_sentence_names_the_worst_tensor_that_heldout_data_leave() -> None:
