@@ -36,10 +36,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter import target
+from exporter import gates, target
 from exporter.target import Cost
 from runtime import cpu
 from runtime.kernels import Kernel, trace
@@ -132,6 +133,7 @@ CASES: Mapping[str, Case] = {
     "Concat": Case(inputs=2, attributes={"axis": 1}, largest=2),
     "Sigmoid": Case(),
     "LeakyRelu": Case(attributes={"alpha": 0.1}),
+    "HardSigmoid": Case(attributes={"alpha": 0.25}),
     "Softmax": Case(shape=HEADS, attributes={"axis": -1}),
     "GlobalAveragePool": Case(place=CNN),
     "AveragePool": Case(place=CNN, attributes={"kernel_shape": [3, 3], "pads": [1] * 4}),
@@ -227,6 +229,15 @@ def build(op_type: str, case: Case, quantized: bool, path: Path) -> None:
     after = [graph.around(tensor, f"after_{out}", case) for tensor, out in zip(written, outputs, strict=True)]
     ends = after if case.place == ALONE else [graph.rounded(tensor) for tensor in after]
     graph.save(path, dict.fromkeys(names, case.shape), ends)
+    if op_type == gates.GATE and quantized:
+        read_on_codes(path)
+
+
+def read_on_codes(path: Path) -> None:
+    """Let HardSigmoid be a Clip of its input's codes, as an export does."""
+    model = ir.load(path)
+    gates.read(model, {"cost"})
+    ir.save(model, path)
 
 
 def build_layer(layer: Layer, weights: type[np.generic] | None, path: Path) -> None:

@@ -24,7 +24,7 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import gates, graph
 from exporter.batches import Array
 from exporter.errors import RecipeError
 from exporter.graph import Shape
@@ -172,6 +172,16 @@ def _refusal(node: ir.Node, target: Target) -> str:
         return "it reads a constant table"
     if op in REMOVABLE:
         return _removable_refusal(node)
+    return _gate_refusal(node, target) if op == gates.GATE else ""
+
+
+def _gate_refusal(node: ir.Node, target: Target) -> str:
+    alpha, beta = gates.parameters(node)
+    if alpha <= 0 or not 0 <= beta <= 1:
+        return "it falls, or saturates on one side of 0 only"
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if producer is not None and producer.op_type in target.movers:
+        return f"a {producer.op_type} made its input, whose codes have another tensor's range"
     return ""
 
 
@@ -239,7 +249,8 @@ def cost(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Cost:
     if node.op_type in target.movers:
         per, rounding = target.movers[node.op_type], 0.0
     else:
-        per, rounding = target.elementwise[node.op_type], 0.0 if node.op_type in REMOVABLE else target.quantize_ns
+        exact = node.op_type in (*REMOVABLE, gates.GATE)  # its codes are its input's: nothing is rounded
+        per, rounding = target.elementwise[node.op_type], 0.0 if exact else target.quantize_ns
     return Cost(float_ns=per.float_ns * amount, int8_ns=(per.int8_ns + rounding) * amount)
 
 
@@ -335,6 +346,8 @@ def _reason(node: ir.Node, chosen: bool, rule: Rule | None, refused: str, target
         return f"rule {rule.match!r}: {rule.why}"
     if chosen and node.op_type in target.layers:
         return "integer kernel; weight int8 per channel" if len(graph.activations(node)) == 1 else "integer kernel"
+    if chosen and node.op_type == gates.GATE:
+        return "its codes are those of its input, read otherwise"
     if chosen:
         return "folds into the layer before it" if node.op_type in REMOVABLE else "its neighbours are int8"
     return refused or _slow(node, target) or "int8 costs more here than it saves, Q/DQ included"

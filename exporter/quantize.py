@@ -26,7 +26,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-from exporter import graph
+from exporter import gates, graph
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
 from exporter.errors import CalibrationError, QuantizeError
@@ -49,7 +49,13 @@ ONNXRUNTIME_METHODS = MappingProxyType(
 NOTHING_ROUNDED: Mapping[str, Rounded] = MappingProxyType({})
 
 
-def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, Rounded] = NOTHING_ROUNDED) -> ir.Model:
+def to_int8(
+    model: ir.Model,
+    plan: Plan,
+    ranges: Ranges,
+    rounded: Mapping[str, Rounded] = NOTHING_ROUNDED,
+    gates_on_codes: bool = True,
+) -> ir.Model:
     """Quantize the nodes that the plan calls int8: activations uint8 per tensor, weights int8 symmetric per channel.
 
     Args:
@@ -57,6 +63,7 @@ def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, R
         plan: from `place.decide` on this graph.
         ranges: a range for each of `plan.tensors`.
         rounded: {weight initializer: its codes}, which come out as they are; other weights are rounded to nearest.
+        gates_on_codes: see `gates.read`; without it every int8 node stands between Q/DQ pairs, whose scales may still change.
 
     Raises:
         QuantizeError: the plan has no int8 node, ONNX Runtime refused, the result does not follow the plan, a scale
@@ -67,9 +74,11 @@ def to_int8(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, R
         raise QuantizeError(
             "nothing to quantize", found=f"layers {layers}, all float: {_first_reason(plan)}", expected="an int8 node"
         )
-    quantized = _rewrite(_own_weights(model, plan), plan, ranges, rounded)
+    quantized = _rewrite(_own_weights(model, plan), plan, gates.widen(model, plan.int8, ranges), rounded)
     _read_real_values(quantized, model, plan)
     _check_plan(quantized, model, plan)
+    if gates_on_codes:
+        gates.read(quantized, plan.int8)
     _check_numbers(quantized, model)
     return quantized
 

@@ -86,6 +86,8 @@ ELEMENTWISE = {
     "Concat": Cost(float_ns=0.13, int8_ns=0.05),
     "Sigmoid": Cost(float_ns=0.44, int8_ns=0.38),
     "LeakyRelu": Cost(float_ns=0.25, int8_ns=0.38),
+    # its codes are its input's, clipped
+    "HardSigmoid": Cost(float_ns=0.22, int8_ns=0.05),
     "Softmax": Cost(float_ns=0.49, int8_ns=3.1),
     "GlobalAveragePool": Cost(float_ns=0.10, int8_ns=0.08),
     "AveragePool": Cost(float_ns=0.27, int8_ns=8.2),
@@ -165,6 +167,7 @@ IN_WASM = {
     "Concat": Cost(float_ns=0.16, int8_ns=0.09),
     "Sigmoid": Cost(float_ns=2.9, int8_ns=0.59),
     "LeakyRelu": Cost(float_ns=5.3, int8_ns=0.60),
+    "HardSigmoid": Cost(float_ns=2.3, int8_ns=1.0),
     "Softmax": Cost(float_ns=2.3, int8_ns=4.8),
     "GlobalAveragePool": Cost(float_ns=0.32, int8_ns=0.36),
     "AveragePool": Cost(float_ns=36.6, int8_ns=8.3),

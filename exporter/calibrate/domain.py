@@ -3,8 +3,8 @@
 Where every reader of a tensor is a function that saturates, values beyond its knee give the same result as the knee,
 and codes spent on them are lost. The cut is exact: f(clip(x, low, high)) = f(x).
 
-1. HardSwish(x) = 0 for x <= -3:                                                 low  = max(low, -3)
-2. HardSigmoid(x) is 0 for x <= -beta/alpha and 1 for x >= (1 - beta)/alpha:     both ends
+1. HardSigmoid(x) is 0 for x <= -beta/alpha and 1 for x >= (1 - beta)/alpha:     both ends
+2. x · HardSigmoid(x), HardSwish among them, is 0 for x <= -beta/alpha:          low = max(low, -beta/alpha)
 3. Relu(x) = 0 for x <= 0; Clip(x, a, b) is constant outside [a, b]:             as far as 0 stays inside
 
 A graph output is read by the user, who can tell everything apart.
@@ -51,6 +51,8 @@ def _seen(value: ir.Value) -> Interval:
 
 
 def _knees(node: ir.Node, value: ir.Value) -> Interval:
+    if node.op_type == "Mul" and (gate := _gate(node, value)) is not None:
+        return _knees(gate, value)[0], math.inf
     if node.inputs[0] is not value or sum(other is value for other in node.inputs) > 1:
         return EVERYTHING
     if node.op_type == "HardSwish":
@@ -67,3 +69,10 @@ def _knees(node: ir.Node, value: ir.Value) -> Interval:
         high = math.inf if bounds[1] is None else max(float(bounds[1].reshape(())), 0.0)
         return EVERYTHING if any(g and b is None for g, b in zip(given, bounds, strict=True)) else (low, high)
     return EVERYTHING
+
+
+def _gate(product: ir.Node, value: ir.Value) -> ir.Node | None:
+    """The HardSigmoid of `value` that `product` multiplies `value` by."""
+    others = [other.producer() for other in product.inputs if other is not None and other is not value]
+    gate = others[0] if len(others) == 1 else None
+    return gate if gate is not None and gate.op_type == "HardSigmoid" and gate.inputs[0] is value else None

@@ -1,9 +1,10 @@
-"""Fuse decomposed hard-sigmoid and hard-swish.
+"""Write hard-sigmoid and hard-swish as HardSigmoid, which codes can be read as (quantize), and a product.
 
 1. clip(x + 3, 0, 6) / 6       becomes   HardSigmoid(x, alpha=1/6, beta=½)
 2. x · clip(x + 3, 0, 6) / 6   becomes   HardSwish(x)
+3. HardSwish(x)                becomes   x · HardSigmoid(x, alpha=1/6, beta=½), as ONNX Runtime itself does at load
 
-Both for float32 alone: HardSigmoid has no kernel for double.
+All for float32 alone: HardSigmoid has no kernel for double.
 
 Source: Howard et al. 2019, arXiv 1905.02244, section 5.2.
 """
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from onnxscript.rewriter.rules.common import _fuse_hardswish
 
 from exporter import graph
+from exporter.prepare import edit
 from exporter.prepare.rules import apply
 
 
@@ -42,4 +44,17 @@ RULES = tuple(
 
 
 def rewrite(model: ir.Model) -> int:
-    return apply(model, RULES, commute=True)
+    fused = apply(model, RULES, commute=True)
+    return fused + sum(_split(model, node) for node in list(model.graph) if node.op_type == "HardSwish")
+
+
+def _split(model: ir.Model, node: ir.Node) -> bool:
+    """Rule 3, for one node."""
+    x = node.inputs[0]
+    if x is None or x.dtype != ir.DataType.FLOAT:
+        return False
+    gate = ir.node("HardSigmoid", [x], {"alpha": 1 / 6, "beta": 0.5}, name=f"{node.name}_gate")
+    product = ir.node("Mul", [x, gate.outputs[0]], name=node.name)
+    gate.outputs[0].type, gate.outputs[0].shape = x.type, x.shape
+    edit.replace(model, [node], [gate, product], node.outputs[0], product.outputs[0])
+    return True

@@ -138,6 +138,12 @@ REFUSED = [
         "[a] i = Gemm(x, k)\n [n] j = Relu(i)\n [d] y = Add(i, j)",
         "no integer kernel for Relu, and what it reads is read elsewhere too",
     ),
+    ("[n] y = HardSigmoid<alpha=-1.0>(x)", "it falls, or saturates on one side of 0 only"),
+    ("[n] y = HardSigmoid<beta=1.5>(x)", "it falls, or saturates on one side of 0 only"),
+    (
+        "[t] i = Transpose<perm=[1,0]>(x)\n [n] y = HardSigmoid(i)",
+        "a Transpose made its input, whose codes have another tensor's range",
+    ),
     ("[a] i = Gemm(x, k)\n [n] y = Clip(i, one)", "its bounds leave 0 out: codes saturate only around 0"),
     ("[a] i = Gemm(x, k)\n [n] y = Clip(i, minus, minus)", "its bounds leave 0 out: codes saturate only around 0"),
 ]
@@ -151,6 +157,21 @@ def test_node_that_has_no_integer_form_says_why(body: str, reason: str) -> None:
     )
     plan = decide(model, {"x": graphs.noise(2, 4, 4), "z": graphs.noise(3, 4, 4)})
     assert (graphs.precisions(plan)["n"], reasons(plan)["n"]) == ("float", reason)
+
+
+def test_hardswish_between_two_conv_is_int8() -> None:
+    model = graphs.model(
+        """(float[N,8,16,16] x) => (float[N,8,16,16] y) {
+            [first] a = Conv<pads=[1,1,1,1]>(x, w)
+            [gate] g = HardSigmoid<alpha=0.16666667, beta=0.5>(a)
+            [swish] s = Mul(a, g)
+            [second] y = Conv<pads=[1,1,1,1]>(s, w)
+        }""",
+        W,
+    )
+    plan = decide(model, X)
+    assert set(graphs.precisions(plan).values()) == {"int8"}
+    assert reasons(plan)["gate"] == "its codes are those of its input, read otherwise"
 
 
 def test_weight_of_rank_3_says_why() -> None:

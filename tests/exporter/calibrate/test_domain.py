@@ -35,6 +35,10 @@ def cut(model: ir.Model, low: float = -10, high: float = 10) -> tuple[float, flo
         ("y = HardSwish(d)", (-3, 10)),
         ("y = HardSigmoid(d)", (-2.5, 2.5)),
         ("y = HardSigmoid<alpha=0.1, beta=0.25>(d)", (-2.5, 7.5)),
+        ("g = HardSigmoid(d)\n y = Mul(d, g)", (-2.5, 10)),
+        ("g = HardSigmoid<alpha=0.1, beta=0.25>(d)\n y = Mul(g, d)", (-2.5, 10)),
+        ("g = HardSigmoid(x)\n y = Mul(d, g)", (-10, 10)),  # of another tensor
+        ("g = HardSigmoid(d)\n y = Add(d, g)", (-10, 10)),
         ("y = Relu(d)", (0, 10)),
         ("y = Clip(d, low, high)", (-1, 6)),
         ("y = Clip(d, low)", (-1, 10)),
@@ -88,6 +92,7 @@ SATURATING = {
     for name, body in {
         "HardSwish": "y = HardSwish(d)",
         "HardSigmoid": "y = HardSigmoid<alpha=0.3, beta=0.4>(d)",
+        "product": "g = HardSigmoid<alpha=0.3, beta=0.4>(d)\n y = Mul(g, d)",
         "Relu": "y = Relu(d)",
         "Clip": "y = Clip(d, low, high)",
     }.items()
@@ -95,6 +100,7 @@ SATURATING = {
 MODELS = {
     "HardSwish": reader("y = HardSwish(d)"),
     "HardSigmoid": reader("y = HardSigmoid<alpha=0.3, beta=0.4>(d)"),
+    "product": reader("g = HardSigmoid<alpha=0.3, beta=0.4>(d)\n y = Mul(g, d)"),
     "Relu": reader("y = Relu(d)"),
     "Clip": reader("y = Clip(d, low, high)"),
 }

@@ -15,8 +15,18 @@ def fused(body: str) -> list[str]:
     return graphs.op_types(graphs.rewritten(model, hardswish.rewrite, X)[0])
 
 
-def test_decomposed_hardswish_is_one_node() -> None:
-    assert fused("a = Add(x, three)\n c = Clip(a, zero, six)\n m = Mul(x, c)\n y = Div(m, six)") == ["HardSwish"]
+def test_hardswish_is_a_product_with_a_hardsigmoid_decomposed_or_not() -> None:
+    assert fused("a = Add(x, three)\n c = Clip(a, zero, six)\n m = Mul(x, c)\n y = Div(m, six)") == [
+        "HardSigmoid",
+        "Mul",
+    ]
+    assert fused("y = HardSwish(x)") == ["HardSigmoid", "Mul"]
+
+
+def test_product_keeps_the_name_of_its_hardswish() -> None:
+    model = graphs.model("(float[N,8] x) => (float[N,8] y) { [swish] y = HardSwish(x) }")
+    names = [node.name for node in graphs.rewritten(model, hardswish.rewrite, X)[0].graph]
+    assert names == ["swish_gate", "swish"]
 
 
 def test_decomposed_hardsigmoid_is_one_node() -> None:
@@ -32,7 +42,7 @@ def test_decomposed_hardsigmoid_is_one_node() -> None:
     ],
 )
 def test_near_miss_is_left_alone(body: str) -> None:
-    assert "HardSwish" not in fused(body)
+    assert "HardSigmoid" not in fused(body)
 
 
 def test_doubles_are_left_alone() -> None:
