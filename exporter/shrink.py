@@ -1,6 +1,6 @@
 """int8 graph -> nearly equal graph in a smaller file: large weights that are still float become int8 codes, where outputs bear it.
 
-    Gather(table, i)    becomes    Mul(Cast(Gather(codes, i)), scale)    the kernel copies a quarter of the bytes
+    Gather(table, i)    becomes    Mul(Cast(Gather(codes, i)), scale)    the table stays codes in memory, too
     layer(x, W)         becomes    layer(x, Mul(Cast(codes), scale))     ONNX Runtime folds it into W at load
 
 Such a layer, an LSTM for one, computes in float as before and in the same time; its file is smaller. An .ort file is written
@@ -38,11 +38,15 @@ LARGEST = 127
 NOTHING = 1e-30
 # a smaller float weight is not worth two more nodes
 LEAST_BYTES = 16 << 10
+# a smaller table is folded as a layer's weight is: its memory is not worth two nodes behind each Gather, 1 µs each
+TABLE_BYTES = 128 << 10
 # what the worst output's SNR may lose: on few batches it moves by half of this either way, whatever is rounded
 ALLOWED_DB = 0.5
 # an error of 3 % of the output: above it SNR is spent on size
 AIM_DB = 30.0
-BEHIND, FOLDED = "int8, a scale a column, real numbers behind the Gather", "int8, computes in float"
+BEHIND = "int8, a scale a column, real numbers behind the Gather"
+AT_LOAD = "int8, real numbers again at load"
+IN_FLOAT = "int8, computes in float"
 RECURRENT = ("LSTM", "GRU", "RNN")
 # op_type -> the inputs that are weights
 WEIGHTS: Mapping[str, tuple[int, ...]] = {
@@ -202,6 +206,7 @@ def _stored(model: ir.Model, name: str, refused: str, alone_db: float | None) ->
     node, index = _first_use(value)
     shared = _shared_axes(node, index, array.ndim)
     scales = math.prod(size for axis, size in enumerate(array.shape) if axis not in shared)
+    how = IN_FLOAT if node.op_type != "Gather" else BEHIND if _is_table(model, node, array, shared) else AT_LOAD
     return Stored(
         name=name,
         readers=tuple(each.name or "" for each in graph.consumers(value)),
@@ -209,7 +214,7 @@ def _stored(model: ir.Model, name: str, refused: str, alone_db: float | None) ->
         before=array.nbytes,
         after=array.nbytes if refused else array.size + 4 * scales,
         alone_db=alone_db,
-        why=refused or (BEHIND if node.op_type == "Gather" else FOLDED),
+        why=refused or how,
     )
 
 
@@ -224,7 +229,7 @@ def _with_codes(model: ir.Model, names: Collection[str]) -> ir.Model:
         codes, scale = _rounded(array, shared)
         stored = edit.initializer(clone, f"{name}_codes", codes)
         scales = edit.initializer(clone, f"{name}_scale", scale)
-        for node in [node for node, _ in _uses(value) if _is_table(clone, node, array.ndim, shared)]:
+        for node in [node for node, _ in _uses(value) if _is_table(clone, node, array, shared)]:
             _read_behind(clone, node, stored, scales)
         if value.uses():
             cast, real = _real(clone, name, stored, scales)
@@ -266,10 +271,12 @@ def _gathered(node: ir.Node, rank: int) -> int:
     return node.attributes.get_int("axis", 0) % rank
 
 
-def _is_table(model: ir.Model, node: ir.Node, rank: int, shared: Sequence[int]) -> bool:
-    """Whether it is a Gather of this graph, not of a loop's body, whose output ends with the columns that have the scales."""
-    mine = node.op_type == "Gather" and node.graph is model.graph
-    return mine and rank - 1 not in shared and _gathered(node, rank) != rank - 1
+def _is_table(model: ir.Model, node: ir.Node, array: Array, shared: Sequence[int]) -> bool:
+    """Whether it is a Gather of this graph, not of a loop's body, from a large table whose columns have the scales."""
+    if node.op_type != "Gather" or node.graph is not model.graph or array.nbytes < TABLE_BYTES:
+        return False
+    columns = array.ndim - 1
+    return columns not in shared and _gathered(node, array.ndim) != columns
 
 
 def _rounded(array: Array, shared: tuple[int, ...]) -> tuple[Array, Array]:

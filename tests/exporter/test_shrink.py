@@ -104,9 +104,16 @@ def test_codes_behind_a_gather_have_the_bits_of_a_dequantizelinear() -> None:
 
 
 def test_gather_that_is_an_output_keeps_its_name_and_shape() -> None:
-    found = shrunk(graphs.model(TABLE, {"t": graphs.noise(1, 100, 64)}), [{"i": indices(2, 100, 1, 5)}])
+    found = shrunk(graphs.model(TABLE, {"t": graphs.noise(1, 1000, 64)}), [{"i": indices(2, 1000, 1, 5)}])
     (output,) = graph.outputs(found.int8)
     assert (output.name, output.shape) == ("y", ("N", "S", 64))
+
+
+def test_small_table_is_folded_at_load(tmp_path: Path) -> None:
+    found = shrunk(graphs.model(TABLE, {"t": graphs.noise(1, 100, 64)}), [{"i": indices(2, 100, 1, 5)}])
+    assert graphs.op_types(found.int8) == ["Cast", "Mul", "Gather"]
+    assert [node.op_type for node in optimized(found.int8, tmp_path).node] == ["Gather"]
+    assert found.stored[0].why == "int8, real numbers again at load"
 
 
 @pytest.mark.parametrize(("op_type", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
@@ -185,12 +192,12 @@ def test_weight_of_a_float_conv_has_one_scale_a_channel(op: str, channels: int, 
 
 
 def test_table_that_a_layer_reads_too_is_stored_once() -> None:
-    text = """(int64[N] i, float[M,500] x) => (float[N,64] y, float[M,64] z) {
+    text = """(int64[N] i, float[M,1000] x) => (float[N,64] y, float[M,64] z) {
         [g] y = Gather(t, i)
         [fc] z = MatMul(x, t)
     }"""
-    model = graphs.model(text, {"t": graphs.noise(1, 500, 64)})
-    batch = {"i": indices(2, 500, 9), "x": graphs.noise(3, 4, 500)}
+    model = graphs.model(text, {"t": graphs.noise(1, 1000, 64)})
+    batch = {"i": indices(2, 1000, 9), "x": graphs.noise(3, 4, 1000)}
     found = shrunk(model, [batch])
     assert [name for name, array in initializers(found.int8).items() if array.size > 64] == ["t_codes"]
     assert found.stored[0].readers == ("g", "fc")
