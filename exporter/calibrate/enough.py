@@ -7,7 +7,7 @@ Held-out values outside of a range are clipped. Few values do no harm if they li
     clipping = mean over all held-out values of (distance to the range)^2 / (step^2 / 12)        step = width / 255
 beside that of rounding, which is 1. On calibration data it is 0 for "minmax", and what a method that clips has chosen to pay for
 smaller steps. Held-out data are not covered where their (1 + clipping) is more than WORSE times that of the calibration data, and
-more than FEW values make it so: the largest of 1000 samples and the largest of 1000 others differ.
+FEW values or more make it so: the largest of 1000 samples and the largest of 1000 others differ.
 
 Source: rounding to steps has the mean squared error step^2 / 12: Widrow, Kollar, "Quantization Noise" (2008), section 4.
 """
@@ -34,10 +34,8 @@ from exporter.errors import CalibrationError
 
 STILL = 0.05  # a range that moved by less in the last quarter would not change an int8 model by much
 WORSE = 2.0  # 3 dB: clipping adds as much error as rounding makes. One value in 2000 that lies STILL outside does
-FEW = (
-    8  # values: where calibration saw as many samples as were held out, so many lie outside by chance once in 50 times
-)
-MOST = 64  # held-out batches that are looked at: one that calibration does not cover is among them
+FEW = 8  # values: of two sets of one size, drawn alike, so many of the one lie outside the other once in 50 times
+MOST = 64  # held-out batches that are looked at; a kind of data that calibration did not see shows in fewer
 FEWEST = 4  # batches: without them there is no last quarter
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
