@@ -12,6 +12,7 @@ from exporter.batches import Batch
 from exporter.errors import QuantizeError
 from exporter.prepare import (
     batchnorm,
+    channels,
     constants,
     conv_transpose,
     ends,
@@ -19,6 +20,7 @@ from exporter.prepare import (
     gemm,
     hardswish,
     layernorm,
+    linear,
     names,
     opset,
     pad,
@@ -43,8 +45,10 @@ REWRITES: Mapping[str, Rewrite] = {
     "gelu": gelu.rewrite,
     "hardswish": hardswish.rewrite,
     "gemm": gemm.rewrite,
+    "linear": linear.rewrite,
     "pool": pool.rewrite,
     "conv_transpose": conv_transpose.rewrite,
+    "channels": channels.rewrite,
     "constants": constants.rewrite,
     "unshare": unshare.rewrite,
     "ends": ends.rewrite,  # again: constants takes every Identity out
