@@ -57,6 +57,11 @@ def correct(
     return corrected
 
 
+def is_correctable(node: ir.Node) -> bool:
+    """Whether the layer has a bias that can be corrected, or a place for one."""
+    return (node.op_type != "MatMul" and (len(node.inputs) < 3 or node.inputs[2] is None)) or _bias(node) is not None
+
+
 def _channels(node: ir.Node, x: ir.Value) -> tuple[str, int]:
     return x.name or "", 1 if node.op_type == "Conv" else -1
 

@@ -1,4 +1,4 @@
-"""Try each correction, quantize, and keep it only if the int8 outputs come closer to FP32."""
+"""Try each correction, quantize, and keep it only if the int8 outputs come closer to FP32 on batches it was not fitted to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from exporter import graph, quantize
 from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges
-from exporter.correct import bias, rounding
+from exporter.correct import bias, gptq, rounding
 from exporter.correct.rounding import Paired
 from exporter.errors import QuantizeError
 from exporter.place import Plan
@@ -19,11 +19,16 @@ from exporter.target import Target
 from runtime import drift
 
 WORTH_DB = 0.1  # a smaller gain is not worth a changed model
+EVERY = 3  # of the batches one in so many is kept from what is fitted to the others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """What one correction did to the worst output's SNR on calibration batches, and whether it was kept."""
+    """What one correction did to the worst output's SNR on calibration batches, and whether it was kept.
+
+    They are tried one on the other: `before` is with those that were kept before it. The codes of "gptq" come with the biases
+    that go with them, if these help.
+    """
 
     name: str
     before_db: float
@@ -59,32 +64,62 @@ def improve(
         model, plan, ranges: as for `quantize.to_int8`.
         means: channel means of `bias.channels`.
         target: whether weights must keep the pair rule.
-        batches: calibration batches to compare on; reported drift uses others.
+        batches: calibration batches, some for weights to be fitted to and some to compare on; reported drift uses others.
 
     Raises:
         QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
     """
-    rounded, paired = rounding.under_pair_rule(model, plan) if target.pairs_in_int16 else ({}, ())
-    plain = quantize.to_int8(model, plan, ranges, rounded)
-    weights = quantize.weights(plain)
-    pair_rule = not _breaks_pair_rule(model, plan, weights)
+    nearest = rounding.under_pair_rule(model, plan)[0] if target.pairs_in_int16 else {}
+    seen, unseen = apart(batches)
+    expected = list(map(graph.runner(model), unseen))
+
+    def measured(rounded: Mapping[str, Rounded], corrected: ir.Model) -> _Candidate:
+        int8 = quantize.to_int8(corrected, plan, ranges, rounded)
+        return _Candidate(rounded=rounded, int8=int8, snr_db=_snr_db(int8, expected, unseen))
+
+    def with_bias(plain: _Candidate) -> _Candidate:
+        return measured(plain.rounded, bias.correct(model, plan, means, quantize.weights(plain.int8)))
+
+    tried: list[Correction] = []
+    kept = measured(nearest, model)
+    kept = _better("bias", kept, with_bias(kept), tried)
+    if seen:
+        compensated = measured(gptq.rounded(model, plan, seen, pair_rule=target.pairs_in_int16), model)
+        best = max(with_bias(compensated), compensated, key=lambda each: each.snr_db)
+        kept = _better("gptq", kept, best, tried)
+    pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(kept.int8))
     if target.pairs_in_int16 and not pair_rule:
         raise QuantizeError(
             "the int8 weights", found="codes that break the pair rule", expected="codes that keep it",
             do="report the model to us",
         )  # fmt: skip
-    expected = list(map(graph.runner(model), batches))
-    before = _snr_db(plain, expected, batches)
-    better = quantize.to_int8(bias.correct(model, plan, means, weights), plan, ranges, rounded)
-    after = _snr_db(better, expected, batches)
-    kept = after > before + WORTH_DB
-    tried = Correction(name="bias", before_db=before, after_db=after, kept=kept)
     return Corrected(
-        int8=better if kept else plain,
+        int8=kept.int8,
         pair_rule=pair_rule,
-        paired=paired,
-        corrections=(tried,),
+        paired=rounding.effects(model, plan, kept.rounded) if target.pairs_in_int16 else (),
+        corrections=tuple(tried),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Candidate:
+    rounded: Mapping[str, Rounded]
+    int8: ir.Model
+    snr_db: float
+
+
+def _better(name: str, before: _Candidate, after: _Candidate, tried: list[Correction]) -> _Candidate:
+    kept = after.snr_db > before.snr_db + WORTH_DB
+    tried.append(Correction(name=name, before_db=before.snr_db, after_db=after.snr_db, kept=kept))
+    return after if kept else before
+
+
+def apart(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """(batches to fit weights to, others to compare on): every EVERYth is of the latter; a single batch is no two."""
+    if len(batches) < 2:
+        return (), batches
+    every = min(EVERY, len(batches))
+    return [each for number, each in enumerate(batches, 1) if number % every], batches[every - 1 :: every]
 
 
 def _breaks_pair_rule(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -> bool:

@@ -33,6 +33,7 @@ LARGEST = 127
 NOTHING = 1e-30
 # from a fifth of the largest weights clipped to 7-bit codes, under which no pair can break the rule
 SCALES = np.linspace(0.8, 2.0, 41)
+FULL_RANGE_SCALES = np.linspace(0.8, 1.1, 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +59,25 @@ class Paired:
 def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, Rounded], tuple[Paired, ...]]:
     """{weight initializer: its codes} of each int8 layer whose kernel pairs, and what that cost or won."""
     rounded: dict[str, Rounded] = {}
-    effects: list[Paired] = []
     for node, value in paired_layers(model, plan):
         name, weight = value.name or "", graph.constant(value)
         if weight is None or name in rounded:  # shared by two layers: place lets one axis only be its channels
             continue
-        rows = _rows(node, weight)
-        codes, scale = fit(rows)
-        effects.append(_effect(node.name or "", rows, codes, scale))
+        codes, scale = fit(in_kernel_order(node, weight))
         rounded[name] = Rounded(
-            codes=_from_rows(node, codes, weight.shape), scale=scale, channel_axis=_channel_axis(node)
+            codes=from_kernel_order(node, codes, weight.shape), scale=scale, channel_axis=channel_axis(node)
         )
-    return rounded, tuple(effects)
+    return rounded, effects(model, plan, rounded)
+
+
+def effects(model: ir.Model, plan: Plan, rounded: Mapping[str, Rounded]) -> tuple[Paired, ...]:
+    """What the pair rule did to each layer whose kernel pairs, by the codes it got; a shared weight counts at its first."""
+    first = {value.name or "": (node, value) for node, value in reversed(paired_layers(model, plan))}
+    return tuple(
+        _effect(node.name or "", in_kernel_order(node, weight), in_kernel_order(node, found.codes), found.scale)
+        for name, (node, value) in reversed(first.items())
+        if (weight := graph.constant(value)) is not None and (found := rounded.get(name)) is not None
+    )
 
 
 def _effect(node: str, rows: Array, codes: Array, scale: Array) -> Paired:
@@ -98,30 +106,32 @@ def _unit(rows: Array) -> Array:
 
 def paired_layers(model: ir.Model, plan: Plan) -> list[tuple[ir.Node, ir.Value]]:
     """(node, W) of the layers whose kernel adds pairs of products in int16: all but depthwise Conv."""
-    return [(node, weight) for node, _, weight in layers.weighted(model, plan) if not _is_depthwise(node, weight)]
+    return [(node, weight) for node, _, weight in layers.weighted(model, plan) if not is_depthwise(node, weight)]
 
 
-def _is_depthwise(node: ir.Node, weight: ir.Value) -> bool:
+def is_depthwise(node: ir.Node, weight: ir.Value) -> bool:
     array = graph.constant(weight)
     groups = node.attributes.get_int("group", 1)
     return node.op_type == "Conv" and array is not None and graph.is_depthwise(array.shape, groups)
 
 
-def fit(rows: Array) -> tuple[Array, Array]:
+def fit(rows: Array, pair_rule: bool = True) -> tuple[Array, Array]:
     """Codes and scales of a weight whose rows are channels in the kernel's order.
 
     Args:
         rows: float32 [channels, K].
+        pair_rule: whether the codes must keep it; if not, FULL_RANGE_SCALES are tried.
 
     Returns:
-        codes int8 [channels, K] that keep the pair rule, scale float32 [channels] > 0. A row of nothing has scale 1.
+        codes int8 [channels, K] in -127..127, scale float32 [channels] > 0, also of a row of nothing.
     """
     unit = _unit(rows)
     best = np.full(len(rows), np.inf)
     scale, codes = unit.copy(), np.zeros(rows.shape, np.int8)
-    for factor in SCALES:
+    for factor in SCALES if pair_rule else FULL_RANGE_SCALES:
         tried = (unit * np.float32(factor)).astype(np.float32)
-        found = keep_pair_rule(np.clip(np.rint(rows / tried[:, None]), -LARGEST, LARGEST))
+        found = np.clip(np.rint(rows / tried[:, None]), -LARGEST, LARGEST)
+        found = keep_pair_rule(found) if pair_rule else found
         error = ((rows - found * tried[:, None]).astype(np.float64) ** 2).sum(axis=1)
         better = error < best
         best[better], scale[better], codes[better] = error[better], tried[better], found[better].astype(np.int8)
@@ -145,24 +155,24 @@ def keep_pair_rule(codes: Array) -> Array:
 
 def breaks_pair_rule(node: ir.Node, codes: Array) -> bool:
     """Whether a layer's codes, in the weight's own shape, could saturate in its kernel."""
-    rows = _rows(node, codes).astype(np.int32)
+    rows = in_kernel_order(node, codes).astype(np.int32)
     return bool((keep_pair_rule(rows) != rows).any())
 
 
-def _rows(node: ir.Node, weight: Array) -> Array:
+def in_kernel_order(node: ir.Node, weight: Array) -> Array:
     """[channels, K] in the order in which the node's kernel sums."""
     if node.op_type == "Conv":
         return np.moveaxis(weight, 1, -1).reshape(weight.shape[0], -1)
-    return weight if _channel_axis(node) == 0 else weight.T
+    return weight if channel_axis(node) == 0 else weight.T
 
 
-def _from_rows(node: ir.Node, rows: Array, shape: tuple[int, ...]) -> Array:
+def from_kernel_order(node: ir.Node, rows: Array, shape: tuple[int, ...]) -> Array:
     if node.op_type == "Conv":
         return np.ascontiguousarray(np.moveaxis(rows.reshape(shape[0], *shape[2:], shape[1]), -1, 1))
-    return np.ascontiguousarray(rows if _channel_axis(node) == 0 else rows.T)
+    return np.ascontiguousarray(rows if channel_axis(node) == 0 else rows.T)
 
 
-def _channel_axis(node: ir.Node) -> int:
+def channel_axis(node: ir.Node) -> int:
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) else 1
     return 0 if node.op_type == "Conv" else 1

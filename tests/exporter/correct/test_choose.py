@@ -4,10 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter import correct, graph
+from exporter import correct, graph, quantize
 from exporter.calibrate import observe
-from exporter.correct import bias
+from exporter.correct import bias, choose
 from exporter.target import PORTABLE, X86_VNNI
+from runtime import drift
 from tests.exporter import graphs
 
 Batches = list[dict[str, np.ndarray]]
@@ -28,7 +29,7 @@ def test_correction_that_helps_is_kept() -> None:
     """Inputs around 5 with little spread: nearly all of the error is its mean."""
     batches: Batches = [{"x": 5 + graphs.noise(n, 32, 64) / 10} for n in range(4)]
     found = improve(gemm(), batches)
-    (tried,) = found.corrections
+    tried = found.corrections[0]
     assert tried.name == "bias" and tried.kept
     assert tried.after_db > tried.before_db + 1
 
@@ -40,14 +41,12 @@ def test_correction_that_does_not_help_is_not_kept() -> None:
     plan, ranges = graphs.planned(model, *batches)
     wrong = {("x", -1): np.full(64, 50.0)}
     found = correct.improve(model, plan, ranges, wrong, X86_VNNI, batches)
-    (tried,) = found.corrections
+    tried = found.corrections[0]
     assert not tried.kept and tried.after_db < tried.before_db
     assert graph.to_bytes(found.int8) == graph.to_bytes(_plain(model, batches))
 
 
 def _plain(model: ir.Model, batches: Batches) -> ir.Model:
-    from exporter import quantize
-
     plan, ranges = graphs.planned(model, *batches)
     return quantize.to_int8(model, plan, ranges)
 
@@ -56,8 +55,39 @@ def _plain(model: ir.Model, batches: Batches) -> ir.Model:
 def test_what_is_kept_is_never_worse_than_what_was_there(offset: float) -> None:
     batches: Batches = [{"x": offset + graphs.noise(n, 64, 64)} for n in range(3)]
     found = improve(gemm(), batches)
-    (tried,) = found.corrections
+    tried = found.corrections[0]
     run, reference = graph.runner(found.int8), graph.runner(gemm())
     error = [np.linalg.norm(run(b)["y"] - reference(b)["y"]) / np.linalg.norm(reference(b)["y"]) for b in batches]
     assert -20 * np.log10(np.mean(error)) > max(tried.before_db, tried.after_db if tried.kept else -np.inf) - 1
     assert tried.kept == (tried.after_db > tried.before_db + 0.1)
+
+
+def correlated(count: int) -> Batches:
+    """Inputs in which eight directions of 64 hold nearly all."""
+    mix = graphs.noise(7, 8, 64)
+    return [{"x": graphs.noise(n, 64, 8) @ mix + graphs.noise(n + 99, 64, 64) / 100} for n in range(count)]
+
+
+def test_weights_fitted_to_correlated_inputs_are_kept_and_come_closer_on_other_batches() -> None:
+    model, batches = gemm(), correlated(9)
+    found = improve(model, batches[:6])
+    fitted = found.corrections[1]
+    assert (fitted.name, fitted.kept, found.pair_rule) == ("gptq", True, True)
+    assert fitted.after_db > fitted.before_db + 0.5
+    assert snr(found.int8, model, batches[6:]) > snr(_plain(model, batches[:6]), model, batches[6:]) + 0.5
+    assert [effect.node for effect in found.paired] == ["g"]
+
+
+def snr(int8: ir.Model, model: ir.Model, batches: Batches) -> float:
+    run, reference = graph.runner(int8), graph.runner(model)
+    return drift.measure((reference(each), run(each)) for each in batches).worst_snr_db
+
+
+@pytest.mark.parametrize(("count", "fitted", "compared"), [(1, "", "0"), (2, "0", "1"), (7, "01346", "25")])
+def test_weights_are_compared_on_batches_they_were_not_fitted_to(count: int, fitted: str, compared: str) -> None:
+    seen, unseen = choose.apart([{"x": np.array(n)} for n in range(count)])
+    assert ["".join(str(each["x"]) for each in part) for part in (seen, unseen)] == [fitted, compared]
+
+
+def test_one_batch_alone_fits_no_weights() -> None:
+    assert [tried.name for tried in improve(gemm(), correlated(1)).corrections] == ["bias"]
