@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from exporter import (
     place,
     prepare,
     report,
+    shrink,
     target,
     trace,
 )
@@ -28,6 +30,8 @@ from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
 from exporter.source import Source
+
+COMPARED = 16  # calibration batches on which weights are stored as codes, or not
 
 
 def export(
@@ -98,8 +102,15 @@ def _export(
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
     plan = plan.noted(found.notes).noted({paired.node: str(paired) for paired in corrected.paired})
 
-    lint.require_sound(corrected.int8, cpu)
-    fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(corrected.int8)
+    few = split.kept[:COMPARED]
+    left = place.ruled_float(prepared.model, recipe.rules)
+    floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db
+    expected = list(map(graph.runner(prepared.model), few))
+    shrunk = shrink.weights(corrected.int8, expected, few, left, floor_db=floor_db)
+    plan = plan.noted(shrunk.notes)
+
+    lint.require_sound(shrunk.int8, cpu)
+    fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(shrunk.int8)
     watch = collect.watch(prepared.model, plan)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
     elsewhere = partial(cluster.total, there, fp32, int8, cpu.session) if there is not None else None
@@ -110,7 +121,7 @@ def _export(
     left_out = data.skipped(first, second)
     enough = collect.judge(prepared.model, found, watch)
     made = report.make(
-        source, recipe, traced, prepared, split, left_out, plan, found, enough, corrected, recorded, models
+        source, recipe, traced, prepared, split, left_out, plan, found, enough, corrected, shrunk, recorded, models
     )
 
     tell.stage("write the bundle, load it, time it")

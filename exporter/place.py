@@ -127,6 +127,12 @@ def decide(model: ir.Model, target: Target, rules: Sequence[Rule], shapes: Mappi
     return Plan(decisions=decisions, tensors=tuple(name for name in needed if name))
 
 
+def ruled_float(model: ir.Model, rules: Sequence[Rule]) -> frozenset[str]:
+    """Names of the nodes that a rule calls float."""
+    matched = _match(rules, list(model.graph))
+    return frozenset(node.name or "" for node, rule in matched.items() if rule.precision == "float")
+
+
 def _match(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Rule]:
     matched: dict[ir.Node, Rule] = {}
     for number, rule in enumerate(rules):

@@ -31,7 +31,7 @@ EXPORTERS = {
 }  # fmt: skip
 
 # the picture of ARCHITECTURE.md: what every stage may use, the stages in their order, and what stands above them
-SHARED = {"errors", "data", "progress", "quiet", "batches", "graph", "qparams", "proof", "recipe", "target"}
+SHARED = {"errors", "data", "progress", "quiet", "batches", "graph", "qparams", "proof", "recipe", "target", "budget"}
 STAGES = (
     "source",
     "trace",
@@ -39,9 +39,12 @@ STAGES = (
     "calibrate",
     "heldout",
     "cluster",
+    "gates",
     "place",
     "quantize",
     "correct",
+    "search",
+    "shrink",
     "collect",
     "forecast",
     "ort_format",

@@ -24,6 +24,7 @@ from exporter.prepare import Prepared
 from exporter.recipe import Recipe
 from exporter.report import html
 from exporter.report.value import FloatLayer, KernelCount, Node, Report
+from exporter.shrink import Shrunk
 from exporter.source import Source
 from exporter.target import Target
 from exporter.trace import Traced
@@ -47,6 +48,7 @@ def make(
     collected: Collected,
     enough: Enough,
     corrected: Corrected,
+    shrunk: Shrunk,
     recorded: Recorded,
     models: Models,
 ) -> Report:
@@ -75,6 +77,7 @@ def make(
         float_nodes=len(plan.decisions) - len(plan.int8),
         float_layers=(*_planned_float(plan), *_ran_float(plan, recorded.kernels.kernels)),
         corrections=corrected.corrections,
+        stored=shrunk.stored,
         kernels=_count(recorded.kernels.kernels),
         nodes=tuple(_nodes(plan, recorded.kernels.kernels)),
         integer_macs=recorded.kernels.integer_macs,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from exporter.mobile import Usability
     from exporter.report.value import Report
+    from exporter.shrink import Stored
 
 WIDTH = 80
 LABEL = 10
@@ -36,6 +37,7 @@ def render(report: Report) -> str:
     phone = "" if report.ort_bytes is None else f"; model.int8.ort {_bytes(report.ort_bytes)}"
     memory = "" if report.ram_bytes is None else f"; {_bytes(report.ram_bytes)} of memory to run it"
     lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}{phone}{memory}")
+    lines += [line for weights in _stored(report) for line in _row("", weights)]
     if report.ort_integer_macs is not None:
         share = f"{_percent(report.ort_integer_macs)} of MACs in integer kernels"
         lines += _row(
@@ -54,6 +56,20 @@ def render(report: Report) -> str:
         "verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met)
     )
     return "\n".join(lines)
+
+
+def _stored(report: Report) -> Iterable[str]:
+    """Large float weights, one line for those of one op_type that were stored in one way."""
+    groups: dict[tuple[str, str], list[Stored]] = {}
+    for weight in report.stored:
+        groups.setdefault((weight.op_type, weight.why), []).append(weight)
+    for (op_type, why), same in groups.items():
+        if len(same) == 1:
+            yield str(same[0])
+            continue
+        before, after = sum(each.before for each in same), sum(each.after for each in same)
+        sizes = f"{_bytes(before)} -> {_bytes(after)}" if after < before else _bytes(before)
+        yield f"{len(same)} weights of {op_type}: {sizes}, {why}"
 
 
 def _traced(report: Report) -> str:

@@ -9,6 +9,7 @@ from exporter.calibrate.enough import Coverage
 from exporter.correct import Correction
 from exporter.mobile import Usability
 from exporter.report import text
+from exporter.shrink import Stored
 from runtime.bench import Timing
 from runtime.drift import Drift
 from runtime.gate import Line
@@ -61,6 +62,7 @@ class Report:
     skipped: names of the pictures that did not decode and were left out, as was asked.
     ranges_by: the method of the ranges. enough: one sentence, whether more calibration data would change anything.
     coverage: how the values of the first coverage_batches held-out batches fit the ranges, every tensor, the worst first.
+    stored: large float weights, which are int8 codes in the file, or why they are not.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
     repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
     ort_bytes: size of the phone's file, where it was asked for; with it the share of its MACs in integer kernels, on how many
@@ -89,6 +91,7 @@ class Report:
     float_nodes: int
     float_layers: tuple[FloatLayer, ...]
     corrections: tuple[Correction, ...]
+    stored: tuple[Stored, ...]
     kernels: tuple[KernelCount, ...]
     nodes: tuple[Node, ...]
     integer_macs: float

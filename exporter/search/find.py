@@ -3,10 +3,11 @@
     gain(g)  = noise(plan) - noise(plan with g float)         noise = 10^(-SNR / 10) of the worst output, on calibration batches
     price(g) = ms(plan with g float) - ms(plan)               `costs.predict`; the cut places what stands around g anew
 
-1. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain.
-2. Groups are ranked by gain over price; one that is faster in float comes first.
-3. Plans are scored jointly, for gains of single groups do not add up: the first 1, 2, 4, ... groups of the rank, then by
-   halves between the last plan that does not reach the aim and the first that does.
+1. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain. Where
+   the plan is accurate enough as it is, only groups that are faster in float are looked at.
+2. Groups are ranked: those that are faster in float first, then by gain over price.
+3. Plans are scored jointly, for gains of single groups do not add up: all that are faster in float, then 1, 2, 4, ... groups
+   more, then by halves between the last plan that does not reach the aim and the first that does.
 4. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
    group's gain is the noise of the plan in which it alone is int8.
 
@@ -119,15 +120,15 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
     scores = _Scores(problem, goal)
     start = time.monotonic()
     first = scores.of(frozenset())
-    groups = [] if _reached(first, goal) else _groups(problem.plan)
+    groups = _groups(problem.plan)
+    if _reached(first, goal):
+        groups = [group for group in groups if scores.ms(group) < (1 - FASTER) * first.ms]
     announced = 1 + len(groups) + (_halvings(len(groups)) if groups else 0)
     if groups:
-        seconds = (time.monotonic() - start) * announced
-        tell.note(f"search: {first.snr_db:.1f} dB; up to {announced} evaluations, about {seconds / 60:.1f} minutes")
         allowed = _allowed(goal, start)
-        each = tell.each(groups, "search: what each group of layers costs in accuracy", len(groups))
+        each = tell.each(groups, f"search: {first.snr_db:.1f} dB, up to {announced} evaluations", len(groups))
         gains = [_gain(scores, first, group) for group in each if allowed(len(scores.points))]
-        _refine(scores, goal, _ranked(first, gains), allowed)
+        _refine(scores, goal, *_ranked(first, gains), allowed)
     chosen = _choose(scores.points, first, goal)
     return Found(
         plan=_explained(scores, chosen, first),
@@ -148,11 +149,18 @@ class _Scores:
         self.expected = list(map(graph.runner(problem.model), problem.batches))
         self.layers = tuple(d.node for d in problem.plan.decisions if d.macs and d.precision == "int8")
         self.points: dict[frozenset[str], Point] = {}
+        self.plans = {frozenset[str](): problem.plan}
 
     def plan(self, floats: frozenset[str]) -> Plan:
+        if floats not in self.plans:
+            given = self.problem
+            off = (Rule(match=name, precision="float", why=NAMED) for name in self.layers if name in floats)
+            self.plans[floats] = place.decide(given.model, given.target, (*off, *given.rules), given.shapes)
+        return self.plans[floats]
+
+    def ms(self, floats: frozenset[str]) -> float:
         given = self.problem
-        off = tuple(Rule(match=name, precision="float", why=NAMED) for name in self.layers if name in floats)
-        return place.decide(given.model, given.target, (*off, *given.rules), given.shapes) if off else given.plan
+        return costs.predict(given.model, self.plan(floats), given.costs, given.shapes)
 
     def of(self, floats: frozenset[str]) -> Point:
         if floats not in self.points:
@@ -162,7 +170,7 @@ class _Scores:
             self.points[floats] = Point(
                 float_layers=tuple(name for name in self.layers if name in floats),
                 snr_db=found.worst_snr_db,
-                ms=costs.predict(given.model, plan, given.costs, given.shapes),
+                ms=self.ms(floats),
                 met=all(line.met for line in gate.limits(self.goal.budget, found, 1.0, 0, 0)),
             )
         return self.points[floats]
@@ -212,32 +220,42 @@ def _gain(scores: _Scores, first: Point, group: frozenset[str]) -> _Gain:
     return _Gain(group=group, noise=_noise(others.snr_db), ms=alone.ms - first.ms)
 
 
-def _ranked(first: Point, gains: Sequence[_Gain]) -> list[frozenset[str]]:
-    """Groups that help, the faster ones first, then by gain over price; a group inside of those before it is left out."""
-    helping = [gain for gain in gains if gain.noise > 0 or gain.ms < -FASTER * first.ms]
+def _ranked(first: Point, gains: Sequence[_Gain]) -> tuple[int, list[frozenset[str]]]:
+    """How many groups are faster in float, and the layers of the first n groups for each n: those, then by gain over price.
+
+    A group inside of those before it is left out.
+    """
     free = 1e-3 * first.ms  # what is cheaper than this costs nothing that can be measured
-    order = sorted(helping, key=lambda gain: (gain.ms >= -FASTER * first.ms, -gain.noise / max(gain.ms, free)))
-    found: list[frozenset[str]] = []
+    faster = sorted((gain for gain in gains if gain.ms < -FASTER * first.ms), key=lambda gain: gain.ms)
+    helping = [gain for gain in gains if gain.noise > 0 and gain.ms >= -FASTER * first.ms]
+    helping.sort(key=lambda gain: -gain.noise / max(gain.ms, free))
+    prefixes: list[frozenset[str]] = []
     covered: frozenset[str] = frozenset()
-    for gain in order:
+    quick = 0
+    for number, gain in enumerate((*faster, *helping)):
         if not gain.group <= covered:
             covered |= gain.group
-            found.append(covered)
-    return found
+            prefixes.append(covered)
+            quick += number < len(faster)
+    return quick, prefixes
 
 
-def _refine(scores: _Scores, goal: Goal, prefixes: Sequence[frozenset[str]], allowed: Callable[[int], bool]) -> None:
-    """Score the prefixes of the rank 1, 2, 4, ... long until one reaches the aim or is too slow, then between the last two."""
+def _refine(
+    scores: _Scores, goal: Goal, quick: int, prefixes: Sequence[frozenset[str]], allowed: Callable[[int], bool]
+) -> None:
+    """Score the last of the first `quick` prefixes, then 1, 2, 4, ... on until one is accurate enough or too slow, then between."""
     base = scores.of(frozenset())
 
     def enough(size: int) -> bool:
         point = scores.of(prefixes[size - 1])
         return _reached(point, goal) or point.ms > (1 + goal.max_slower) * base.ms
 
-    low, high = 0, min(1, len(prefixes))
+    low, step = 0, max(1, quick)
+    high = min(step, len(prefixes))
     while high and allowed(len(scores.points)) and not enough(high) and high < len(prefixes):
-        low, high = high, min(2 * high, len(prefixes))
-    while high - low > 1 and allowed(len(scores.points)):
+        low, step = high, 1 if step == quick else 2 * step
+        high = min(high + step, len(prefixes))
+    while high - low > 1 and low >= quick and allowed(len(scores.points)):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
 
