@@ -42,9 +42,13 @@ class Corrected:
 
     pair_rule: every layer whose kernel pairs keeps the pair rule (`rounding`), whether the target asks for it or not.
     paired: what the rule did to each layer, where the target asks for it.
+    rounded: {weight initializer: its codes}, of every weight that is not rounded to nearest.
+    shifted: whether biases take out the mean of the weights' rounding.
     """
 
     int8: ir.Model
+    rounded: Mapping[str, Rounded]
+    shifted: bool
     pair_rule: bool
     paired: tuple[Paired, ...]
     corrections: tuple[Correction, ...]
@@ -73,18 +77,19 @@ def improve(
     seen, unseen = apart(batches)
     expected = list(map(graph.runner(model), unseen))
 
-    def measured(rounded: Mapping[str, Rounded], corrected: ir.Model) -> _Candidate:
+    def measured(rounded: Mapping[str, Rounded], corrected: ir.Model, shifted: bool) -> _Candidate:
         int8 = quantize.to_int8(corrected, plan, ranges, rounded)
-        return _Candidate(rounded=rounded, int8=int8, snr_db=_snr_db(int8, expected, unseen))
+        return _Candidate(rounded=rounded, shifted=shifted, int8=int8, snr_db=_snr_db(int8, expected, unseen))
 
     def with_bias(plain: _Candidate) -> _Candidate:
-        return measured(plain.rounded, bias.correct(model, plan, means, quantize.weights(plain.int8)))
+        weights = quantize.weights(plain.int8)
+        return measured(plain.rounded, bias.correct(model, plan, means, weights), shifted=True)
 
     tried: list[Correction] = []
-    kept = measured(nearest, model)
+    kept = measured(nearest, model, shifted=False)
     kept = _better("bias", kept, with_bias(kept), tried)
     if seen:
-        compensated = measured(gptq.rounded(model, plan, seen, pair_rule=target.pairs_in_int16), model)
+        compensated = measured(gptq.rounded(model, plan, seen, pair_rule=target.pairs_in_int16), model, shifted=False)
         best = max(with_bias(compensated), compensated, key=lambda each: each.snr_db)
         kept = _better("gptq", kept, best, tried)
     pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(kept.int8))
@@ -95,15 +100,32 @@ def improve(
         )  # fmt: skip
     return Corrected(
         int8=kept.int8,
+        rounded=kept.rounded,
+        shifted=kept.shifted,
         pair_rule=pair_rule,
         paired=rounding.effects(model, plan, kept.rounded) if target.pairs_in_int16 else (),
         corrections=tuple(tried),
     )
 
 
+def under(
+    model: ir.Model,
+    plan: Plan,
+    ranges: Ranges,
+    means: Mapping[tuple[str, int], Array],
+    corrected: Corrected,
+    gates_on_codes: bool = True,
+) -> ir.Model:
+    """The int8 graph of a plan with fewer int8 nodes than the corrected one, with the corrections that were kept."""
+    weights = quantize.weights(corrected.int8)
+    source = bias.correct(model, plan, means, weights) if corrected.shifted else model
+    return quantize.to_int8(source, plan, ranges, corrected.rounded, gates_on_codes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Candidate:
     rounded: Mapping[str, Rounded]
+    shifted: bool
     int8: ir.Model
     snr_db: float
 
