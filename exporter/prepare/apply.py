@@ -11,6 +11,7 @@ from exporter import graph, proof
 from exporter.batches import Batch
 from exporter.errors import QuantizeError
 from exporter.prepare import (
+    affine,
     batchnorm,
     channels,
     constants,
@@ -48,6 +49,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "linear": linear.rewrite,
     "pool": pool.rewrite,
     "conv_transpose": conv_transpose.rewrite,
+    "affine": affine.rewrite,
     "channels": channels.rewrite,
     "constants": constants.rewrite,
     "unshare": unshare.rewrite,
