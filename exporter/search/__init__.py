@@ -1,5 +1,5 @@
 """Plan + measured error + measured ms -> the cheapest plan that is accurate enough."""
 
-from exporter.search.find import Found, Goal, Point, Problem, search
+from exporter.search.find import Found, Goal, Point, Problem, Run, search
 
-__all__ = ["Found", "Goal", "Point", "Problem", "search"]
+__all__ = ["Found", "Goal", "Point", "Problem", "Run", "search"]

@@ -38,6 +38,8 @@ from exporter.target import Target
 from runtime import drift, gate
 from runtime.manifest import Budget
 
+Run = Callable[[Batch], Batch]
+
 COLLAPSED_DB = 12.0
 MOST_UNITS = 48
 FASTER = 0.01  # share of the plan's ms that a float group must save to be float for its speed
@@ -51,12 +53,15 @@ class Goal:
     budget: limits on drift, which a plan must meet if any can.
     aim_snr_db: of the worst output; accuracy is bought until it is reached...
     max_slower: ... or a plan would take more than 1 + max_slower times the ms of the fastest.
+    accepts: whether a model's function batch -> outputs is good enough by a measure of the caller's own; asked of plans that
+        meet all else.
     max_evaluations, max_minutes: None is no cap.
     """
 
     budget: Budget
     aim_snr_db: float
     max_slower: float
+    accepts: Callable[[Run], bool] | None = None
     max_evaluations: int | None = None
     max_minutes: float | None = None
 
@@ -75,11 +80,14 @@ class Point:
 class Found:
     """The chosen plan, and every plan that was looked at on the way.
 
+    first: the static plan. reached: whether the chosen one meets the budget and the aim.
     announced: evaluations that were announced before the first; evaluations: those there were. seconds: of the search.
     """
 
     plan: Plan
+    first: Point
     chosen: Point
+    reached: bool
     points: tuple[Point, ...]
     announced: int
     evaluations: int
@@ -121,7 +129,7 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
     start = time.monotonic()
     first = scores.of(frozenset())
     groups = _groups(problem.plan)
-    if _reached(first, goal):
+    if scores.reached(first):
         groups = [group for group in groups if scores.ms(group) < (1 - FASTER) * first.ms]
     announced = 1 + len(groups) + (_halvings(len(groups)) if groups else 0)
     if groups:
@@ -129,10 +137,12 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
         each = tell.each(groups, f"search: {first.snr_db:.1f} dB, up to {announced} evaluations", len(groups))
         gains = [_gain(scores, first, group) for group in each if allowed(len(scores.points))]
         _refine(scores, goal, *_ranked(first, gains), allowed)
-    chosen = _choose(scores.points, first, goal)
+    chosen = _choose(scores, first)
     return Found(
         plan=_explained(scores, chosen, first),
+        first=first,
         chosen=chosen,
+        reached=scores.reached(chosen),
         points=tuple(scores.points.values()),
         announced=announced,
         evaluations=len(scores.points),
@@ -149,6 +159,7 @@ class _Scores:
         self.expected = list(map(graph.runner(problem.model), problem.batches))
         self.layers = tuple(d.node for d in problem.plan.decisions if d.macs and d.precision == "int8")
         self.points: dict[frozenset[str], Point] = {}
+        self.accepted: dict[tuple[str, ...], bool] = {}
         self.plans = {frozenset[str](): problem.plan}
 
     def plan(self, floats: frozenset[str]) -> Plan:
@@ -162,11 +173,13 @@ class _Scores:
         given = self.problem
         return costs.predict(given.model, self.plan(floats), given.costs, given.shapes)
 
+    def run(self, floats: frozenset[str]) -> Run:
+        return graph.runner(variant.of(self.problem.model, self.plan(floats), self.known))
+
     def of(self, floats: frozenset[str]) -> Point:
         if floats not in self.points:
-            given, plan = self.problem, self.plan(floats)
-            run = graph.runner(variant.of(given.model, plan, self.known))
-            found = drift.measure(zip(self.expected, map(run, given.batches), strict=True))
+            run, batches = self.run(floats), self.problem.batches
+            found = drift.measure(zip(self.expected, map(run, batches), strict=True))
             self.points[floats] = Point(
                 float_layers=tuple(name for name in self.layers if name in floats),
                 snr_db=found.worst_snr_db,
@@ -174,6 +187,17 @@ class _Scores:
                 met=all(line.met for line in gate.limits(self.goal.budget, found, 1.0, 0, 0)),
             )
         return self.points[floats]
+
+    def accepts(self, point: Point) -> bool:
+        """Whether a point meets the budget, and the caller's own measure where there is one."""
+        if not point.met or self.goal.accepts is None:
+            return point.met
+        if point.float_layers not in self.accepted:
+            self.accepted[point.float_layers] = self.goal.accepts(self.run(frozenset(point.float_layers)))
+        return self.accepted[point.float_layers]
+
+    def reached(self, point: Point) -> bool:
+        return point.snr_db >= self.goal.aim_snr_db and self.accepts(point)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +272,7 @@ def _refine(
 
     def enough(size: int) -> bool:
         point = scores.of(prefixes[size - 1])
-        return _reached(point, goal) or point.ms > (1 + goal.max_slower) * base.ms
+        return scores.reached(point) or (scores.accepts(point) and _is_slow(point, base, goal))
 
     low, step = 0, max(1, quick)
     high = min(step, len(prefixes))
@@ -260,24 +284,20 @@ def _refine(
         low, high = (low, middle) if enough(middle) else (middle, high)
 
 
-def _reached(point: Point, goal: Goal) -> bool:
-    return point.met and point.snr_db >= goal.aim_snr_db
+def _is_slow(point: Point, fastest: Point, goal: Goal) -> bool:
+    return point.ms > (1 + goal.max_slower) * fastest.ms
 
 
-def _choose(points: Mapping[frozenset[str], Point], first: Point, goal: Goal) -> Point:
-    """The fastest that meets the budget and the aim; else of those that meet the budget and are not too slow the closest to the
-    aim; else the fastest that meets the budget; else the closest."""
-    every = sorted(points.values(), key=lambda point: (point.ms, -point.snr_db))
-    fastest = min(point.ms for point in every)
-    quick = [point for point in every if point.ms <= (1 + goal.max_slower) * min(fastest, first.ms)]
-    reached = [point for point in quick if _reached(point, goal)]
-    met = [point for point in every if point.met]
-    if reached:
-        return reached[0]
-    close = [point for point in quick if point.met]
-    if close:
-        return max(close, key=lambda point: (point.snr_db, -point.ms))
-    return met[0] if met else max(every, key=lambda point: point.snr_db)
+def _choose(scores: _Scores, first: Point) -> Point:
+    """The fastest that meets the budget and the aim and is not too slow; else of those that meet the budget and are not too
+    slow the closest to the aim; else the fastest that meets the budget; else the closest."""
+    every = sorted(scores.points.values(), key=lambda point: (point.ms, -point.snr_db))
+    every = [point for point in every if len(point.float_layers) < len(scores.layers)] or [first]
+    quick = [point for point in every if not _is_slow(point, min(every[0], first, key=lambda p: p.ms), scores.goal)]
+    by_error = sorted(quick, key=lambda point: (-point.snr_db, point.ms))
+    preferred = (*(point for point in quick if point.snr_db >= scores.goal.aim_snr_db), *by_error, *every)
+    accepted = next((point for point in preferred if scores.accepts(point)), None)
+    return accepted or max(every, key=lambda point: point.snr_db)
 
 
 def _explained(scores: _Scores, chosen: Point, first: Point) -> Plan:
