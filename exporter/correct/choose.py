@@ -26,8 +26,8 @@ EVERY = 3  # of the batches one in so many is kept from what is fitted to the ot
 class Correction:
     """What one correction did to the worst output's SNR on calibration batches, and whether it was kept.
 
-    They are tried one on the other: `before` is with those that were kept before it. The codes of "gptq" come with the biases
-    that go with them, if these help.
+    They are tried one on the other: `before` is with those that were kept before it. The codes of "scale" (`rounding.fit`)
+    and "gptq" come with the biases that go with them, if these help.
     """
 
     name: str
@@ -73,7 +73,8 @@ def improve(
     Raises:
         QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
     """
-    nearest = rounding.under_pair_rule(model, plan)[0] if target.pairs_in_int16 else {}
+    pairs = target.pairs_in_int16
+    nearest = rounding.under_pair_rule(model, plan)[0] if pairs else {}
     seen, unseen = apart(batches)
     expected = list(map(graph.runner(model), unseen))
 
@@ -85,15 +86,18 @@ def improve(
         weights = quantize.weights(plain.int8)
         return measured(plain.rounded, bias.correct(model, plan, means, weights), shifted=True)
 
+    def either(rounded: Mapping[str, Rounded]) -> _Candidate:
+        plain = measured(rounded, model, shifted=False)
+        return max(with_bias(plain), plain, key=lambda each: each.snr_db)
+
     tried: list[Correction] = []
     kept = measured(nearest, model, shifted=False)
     kept = _better("bias", kept, with_bias(kept), tried)
+    kept = _better("scale", kept, either(rounding.at_best_scale(model, plan, pair_rule=pairs)), tried)
     if seen:
-        compensated = measured(gptq.rounded(model, plan, seen, pair_rule=target.pairs_in_int16), model, shifted=False)
-        best = max(with_bias(compensated), compensated, key=lambda each: each.snr_db)
-        kept = _better("gptq", kept, best, tried)
+        kept = _better("gptq", kept, either(gptq.rounded(model, plan, seen, pair_rule=pairs)), tried)
     pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(kept.int8))
-    if target.pairs_in_int16 and not pair_rule:
+    if pairs and not pair_rule:
         raise QuantizeError(
             "the int8 weights", found="codes that break the pair rule", expected="codes that keep it",
             do="report the model to us",
@@ -103,7 +107,7 @@ def improve(
         rounded=kept.rounded,
         shifted=kept.shifted,
         pair_rule=pair_rule,
-        paired=rounding.effects(model, plan, kept.rounded) if target.pairs_in_int16 else (),
+        paired=rounding.effects(model, plan, kept.rounded) if pairs else (),
         corrections=tuple(tried),
     )
 

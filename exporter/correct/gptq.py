@@ -39,7 +39,7 @@ from exporter.qparams import PAIR_LIMIT, Rounded
 
 POSITIONS = 8192  # inputs of a layer that make its H; or PER_COLUMN times K, if that is more
 PER_COLUMN = 6
-DAMPING = 0.01
+DAMPING = 0.03
 BLOCK = 32  # columns whose effect on all later ones is one matrix product
 HELD_BYTES = 256 << 20  # of H at once; layers beyond it wait for another pass over the batches
 CHUNK = 1024  # inputs that are multiplied at once

@@ -16,7 +16,7 @@ rule shares its excess between its two codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,16 +58,28 @@ class Paired:
 
 def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, Rounded], tuple[Paired, ...]]:
     """{weight initializer: its codes} of each int8 layer whose kernel pairs, and what that cost or won."""
+    rounded = _fitted(paired_layers(model, plan), True)
+    return rounded, effects(model, plan, rounded)
+
+
+def at_best_scale(model: ir.Model, plan: Plan, *, pair_rule: bool) -> dict[str, Rounded]:
+    """{weight initializer: its codes} of every int8 layer, by `fit`; with pair_rule those whose kernel pairs keep it."""
+    paired = paired_layers(model, plan) if pair_rule else []
+    all_layers = [(node, weight) for node, _, weight in layers.weighted(model, plan)]
+    return _fitted(all_layers, False) | _fitted(paired, True)
+
+
+def _fitted(given: Iterable[tuple[ir.Node, ir.Value]], pair_rule: bool) -> dict[str, Rounded]:
     rounded: dict[str, Rounded] = {}
-    for node, value in paired_layers(model, plan):
+    for node, value in given:
         name, weight = value.name or "", graph.constant(value)
         if weight is None or name in rounded:  # shared by two layers: place lets one axis only be its channels
             continue
-        codes, scale = fit(in_kernel_order(node, weight))
+        codes, scale = fit(in_kernel_order(node, weight), pair_rule)
         rounded[name] = Rounded(
             codes=from_kernel_order(node, codes, weight.shape), scale=scale, channel_axis=channel_axis(node)
         )
-    return rounded, effects(model, plan, rounded)
+    return rounded
 
 
 def effects(model: ir.Model, plan: Plan, rounded: Mapping[str, Rounded]) -> tuple[Paired, ...]:

@@ -6,7 +6,7 @@ import pytest
 
 from exporter import correct, graph, quantize
 from exporter.calibrate import observe
-from exporter.correct import bias, choose
+from exporter.correct import bias, choose, rounding
 from exporter.target import PORTABLE, X86_VNNI
 from runtime import drift
 from tests.exporter import graphs
@@ -71,7 +71,7 @@ def correlated(count: int) -> Batches:
 def test_weights_fitted_to_correlated_inputs_are_kept_and_come_closer_on_other_batches() -> None:
     model, batches = gemm(), correlated(9)
     found = improve(model, batches[:6])
-    fitted = found.corrections[1]
+    fitted = found.corrections[2]
     assert (fitted.name, fitted.kept, found.pair_rule) == ("gptq", True, True)
     assert fitted.after_db > fitted.before_db + 0.5
     assert snr(found.int8, model, batches[6:]) > snr(_plain(model, batches[:6]), model, batches[6:]) + 0.5
@@ -89,5 +89,18 @@ def test_weights_are_compared_on_batches_they_were_not_fitted_to(count: int, fit
     assert ["".join(str(each["x"]) for each in part) for part in (seen, unseen)] == [fitted, compared]
 
 
+def test_scale_search_reaches_layers_that_the_pair_rule_does_not_ask_about() -> None:
+    text = """(float[N,4,5,5] x) => (float[N,2,3,3] y) {
+        [deep] h = Conv <group=4> (x, v)
+        [flat] y = Conv (h, w)
+    }"""
+    model = graphs.model(text, {"v": graphs.noise(0, 4, 1, 3, 3), "w": graphs.noise(1, 2, 4, 1, 1)})
+    plan, _ = graphs.planned(model, {"x": graphs.noise(2, 1, 4, 5, 5)})
+    paired, _ = rounding.under_pair_rule(model, plan)
+    found = rounding.at_best_scale(model, plan, pair_rule=True)
+    assert ([*paired], [*found]) == (["w"], ["v", "w"])
+    np.testing.assert_array_equal(found["w"].codes, paired["w"].codes)
+
+
 def test_one_batch_alone_fits_no_weights() -> None:
-    assert [tried.name for tried in improve(gemm(), correlated(1)).corrections] == ["bias"]
+    assert [tried.name for tried in improve(gemm(), correlated(1)).corrections] == ["bias", "scale"]
