@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from exporter.batches import Batch
 from exporter.errors import RecipeError
+
+Run = Callable[[Batch], Batch]
+Evaluate = Callable[[Run], Mapping[str, float]]
+Accepts = Callable[[Run], bool]
 
 # What people say -> the key of [budget], and the side of the limit
 LIMITS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -21,7 +26,8 @@ LIMITS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "speedup": ("min_speedup", ">="),
     }
 )
-DROP = "drop"
+# A plan is sought on calibration batches and judged on others: by how much its SNR must exceed the limit
+MARGIN_DB = 0.5
 _SAID = re.compile(
     r"(?P<name>[\w.-]+)(?P<drop>\s+drop)?\s*(?P<sign>>=|<=)\s*(?P<value>[+-]?[\d.]+(?:e[+-]?\d+)?)\s*(?P<unit>%|dB|x)?",
     re.I,
@@ -38,7 +44,11 @@ class Drop:
     share: bool
 
     def allows(self, fp32: float, int8: float) -> bool:
-        return fp32 - int8 <= self.most * (abs(fp32) if self.share else 1.0)
+        return int8 >= self.least(fp32)
+
+    def least(self, fp32: float) -> float:
+        """What the metric may fall to."""
+        return fp32 - self.most * (abs(fp32) if self.share else 1.0)
 
     def __str__(self) -> str:
         return f"{self.metric} drop<={100 * self.most:g}%" if self.share else f"{self.metric} drop<={self.most:g}"
@@ -88,6 +98,30 @@ def parse(texts: Iterable[str]) -> tuple[dict[str, float], tuple[Drop, ...]]:
     if len({drop.metric for drop in drops}) < len(drops):
         raise _refused(", ".join(map(str, drops)), "two limits on one metric", "one")
     return limits, tuple(drops)
+
+
+def acceptable(drops: Sequence[Drop], evaluate: Evaluate | None, fp32: Run) -> Accepts | None:
+    """Whether a model's metrics drop no further below FP32's than allowed; None where nothing limits them.
+
+    Raises:
+        RecipeError: a metric that evaluate() does not return.
+    """
+    if not drops or evaluate is None:
+        return None
+    reference = evaluate(fp32)
+    for drop in drops:
+        if drop.metric not in reference:
+            near = difflib.get_close_matches(drop.metric, reference, n=1, cutoff=0.4)
+            raise _refused(
+                str(drop), f"evaluate() returns {', '.join(reference)}", f"a metric called {drop.metric!r}",
+                f"did you mean {near[0]!r}?" if near else "",
+            )  # fmt: skip
+
+    def accepts(run: Run) -> bool:
+        found = evaluate(run)
+        return all(drop.allows(reference[drop.metric], found[drop.metric]) for drop in drops)
+
+    return accepts
 
 
 def _refused(text: str, found: str, expected: str, do: str = "") -> RecipeError:

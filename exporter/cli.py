@@ -6,6 +6,7 @@ Exit status: 0 met, 1 not met, 2 could not run.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from exporter import forecast, given, lint, views
 from exporter import target as targets
+from exporter.budget import Evaluate, parse
 from exporter.errors import RecipeError
 from exporter.forecast import text as forecast_text
 from exporter.pipeline import export
@@ -23,11 +25,9 @@ from exporter.report import Report
 from exporter.source import Sample, Source, from_file
 from exporter.terminal import Terminal
 from runtime import cpu
-from runtime import manifest as manifests
 from runtime.bundle import load
 from runtime.errors import PacklightError
 from runtime.manifest import canonical
-from runtime.session import open_session
 from runtime.views import show
 
 DEFAULT_RECIPE = "portable"
@@ -106,22 +106,46 @@ def run(
     min_integer_macs: Annotated[
         float | None, typer.Option(min=0, max=1, metavar="SHARE", help="Fail if fewer MACs, 0..1, run in integers.")
     ] = None,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="LIMIT",
+            help="What the bundle must meet, as often as you like: snr>=25dB, same-top1>=0.995, cosine>=0.999, max-abs<=0.1, "
+            "'top1 drop<=0.5%' of the sample's evaluate(), speedup>=1.8.",
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="costs.json of another export: the same plan, and nothing is timed."),
+    ] = None,
+    max_evals: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Look at no more plans than this; 0 takes the static one.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, metavar="MINUTES", help="Search for a plan no longer than this.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
     if target and recipe:
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
     named = recipe or target
+    said, drops = parse(budgets or ())
     limits = {
         "max_size_bytes": given.size_bytes(max_size, "--max-size"),
         "max_ram_bytes": given.size_bytes(max_ram, "--max-ram"),
         "min_integer_macs": min_integer_macs,
+        **said,
+        "metric_drops": tuple(map(str, drops)) or None,
     }
     asked = load_recipe(named) if named else None
     model, seen, unseen, sample = given.model_and_data(source, task, calibration, heldout, images)
     chosen = asked or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
-    report = _export(model, limited(chosen, limits), seen, unseen, out, ort, skip_bad, cluster)
-    _finish(report, _scores(out, sample), out, as_json)
+    report = _export(
+        model, limited(chosen, limits), seen, unseen, out, ort, skip_bad, cluster, _evaluate(sample), costs, max_evals, max_minutes
+    )  # fmt: skip
+    _finish(report, out, as_json)
 
 
 @demo_app.command(epilog="Example: packlight demo --out build/digits")
@@ -141,8 +165,8 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="packlight-demo-") as folder:
         place = out or Path(folder) / "digits"
         seen, unseen = given.data(sample.calibration, None, None), given.data(sample.heldout, None, None)
-        report = _export(given.own(sample.source), recipe, seen, unseen, place)
-        _finish(report, _scores(place, sample), out, as_json)
+        report = _export(given.own(sample.source), recipe, seen, unseen, place, evaluate=_evaluate(sample))
+        _finish(report, out, as_json)
 
 
 @targets_app.command(epilog="Example: packlight targets x86-avx2")
@@ -223,6 +247,10 @@ def _export(
     ort: bool = False,
     skip_bad: bool = False,
     cluster: str | None = None,
+    evaluate: Evaluate | None = None,
+    costs: Path | None = None,
+    max_evaluations: int | None = None,
+    max_minutes: float | None = None,
 ) -> Report:
     try:
         with Terminal() as progress:
@@ -236,30 +264,27 @@ def _export(
                 skip_bad=skip_bad,
                 progress=progress,
                 workers=cluster,
+                evaluate=evaluate,
+                costs=costs,
+                max_evaluations=max_evaluations,
+                max_minutes=max_minutes,
             )
     except KeyboardInterrupt as stop:
         raise PacklightError(str(stop) or "interrupted; no half-written bundle was left") from None
 
 
-def _finish(report: Report, scores: dict[str, tuple[float, float]], kept: Path | None, as_json: bool) -> None:
-    """Print the report, the sample's own metrics and where the bundle is kept; exit 0 or 1."""
+def _finish(report: Report, kept: Path | None, as_json: bool) -> None:
+    """Print the report and where the bundle is kept; exit 0 or 1."""
     if as_json:
-        typer.echo(report.to_json() if not scores else canonical({"report": report, "scores": scores}), nl=False)
+        typer.echo(report.to_json(), nl=False)
     else:
         typer.echo(str(report))
-        for metric, (fp32, int8) in scores.items():
-            typer.echo(f"{'score':<10}{metric}: FP32 {fp32:.4f}, int8 {int8:.4f}")
         typer.echo(f"{'bundle':<10}{kept}" if kept else f"{'keep it':<10}packlight demo --out build/digits")
     raise typer.Exit(0 if report.met else 1)
 
 
-def _scores(out: Path, sample: Sample | None) -> dict[str, tuple[float, float]]:
-    """{metric: (FP32, int8)} from the sample's evaluate(run), on the bundle as it was written."""
+def _evaluate(sample: Sample | None) -> Evaluate | None:
+    """The sample's own metrics, whose faults are told as the user's."""
     if sample is None or sample.evaluate is None:
-        return {}
-    bundle = load(out)
-    fp32 = open_session(out / manifests.FP32)
-    names = [output.name for output in fp32.get_outputs()]
-    reference = given.own(sample.evaluate, lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
-    candidate = given.own(sample.evaluate, bundle.run)
-    return {metric: (float(reference[metric]), float(candidate[metric])) for metric in reference}
+        return None
+    return partial(given.own, sample.evaluate)

@@ -76,7 +76,7 @@ def collect(
     tell.stage("choose the range of each tensor by its effect on the outputs")
     given = auto.candidates(model, found, asked.percentile)
     rounded = rounding.under_pair_rule(model, plan)[0] if target.pairs_in_int16 else quantize.NOTHING_ROUNDED
-    int8 = quantize.to_int8(model, plan, given["minmax"], rounded)
+    int8 = quantize.to_int8(model, plan, given["minmax"], rounded, gates_on_codes=False)
     chosen = auto.choose(model, int8, given, kept)
     return _collected(found, chosen.ranges, _notes(model, chosen))
 

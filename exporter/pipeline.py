@@ -10,6 +10,7 @@ from typing import Any
 
 from exporter import (
     batches,
+    budget,
     bundle,
     cluster,
     collect,
@@ -20,11 +21,13 @@ from exporter import (
     place,
     prepare,
     report,
+    search,
     shrink,
     target,
     trace,
 )
 from exporter import recipe as recipes
+from exporter.budget import Evaluate
 from exporter.cluster import Cluster
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
@@ -44,6 +47,10 @@ def export(
     skip_bad: bool = False,
     progress: Progress | None = None,
     workers: str | None = None,
+    evaluate: Evaluate | None = None,
+    costs: str | Path | None = None,
+    max_evaluations: int | None = None,
+    max_minutes: float | None = None,
 ) -> Report:
     """Trace, calibrate, quantize, prove, and write a bundle.
 
@@ -58,6 +65,10 @@ def export(
         skip_bad: leave out and count pictures that do not decode, where else they are refused.
         progress: told what is being done.
         workers: a Dask scheduler, "tcp://host:port", or "local:N" for N processes here; the bundle has the same bytes.
+        evaluate: a function run -> {metric: value} on data of its own, where run maps a batch to outputs; the report has its
+            metrics, and the budget may limit how far they drop.
+        costs: a cost table, costs.json of another export of this model, in the place of timing nodes here.
+        max_evaluations, max_minutes: caps on the search for a plan; 0 evaluations is none.
 
     Raises:
         TraceError, CalibrationError, RecipeError, QuantizeError, BundleError: see each stage; RunError of graph, where ONNX Runtime
@@ -65,13 +76,16 @@ def export(
             then, unless it came while the finished bundle was timed.
     """
     tell = progress or Silent()
+    caps = search.Caps(
+        costs=None if costs is None else Path(costs), max_evaluations=max_evaluations, max_minutes=max_minutes
+    )
     with contextlib.nullcontext() if workers is None else cluster.connect(workers, tell.note) as there:
-        return _export(source, recipe, calibration, heldout, Path(out), ort, skip_bad, tell, there)
+        return _export(source, recipe, calibration, heldout, Path(out), ort, skip_bad, tell, there, evaluate, caps)
 
 
 def _export(
     source: Source, recipe: Recipe, calibration: Any, heldout: Any, out: Path, ort: bool, skip_bad: bool,
-    tell: Progress, there: Cluster | None,
+    tell: Progress, there: Cluster | None, evaluate: Evaluate | None, caps: search.Caps,
 ) -> Report:  # fmt: skip
     bundle.require_place(out)
     asked = recipes.data(recipe)
@@ -80,6 +94,7 @@ def _export(
         data.require(heldout, "heldout", asked)
     cpu = target.by_name(recipe.target)
     require_own_text(recipe)
+    drops = recipes.drops(recipe, evaluate)
 
     tell.stage("trace the model and prove the graph")
     traced = trace.to_onnx(source)
@@ -92,7 +107,8 @@ def _export(
     prepared = prepare.to_quantizable(traced.model, split.first)
 
     tell.stage("decide what runs in integers")
-    plan = place.decide(prepared.model, cpu, recipe.rules, graph.shapes(prepared.model, split.first))
+    shapes = graph.shapes(prepared.model, split.first)
+    plan = place.decide(prepared.model, cpu, recipe.rules, shapes)
 
     samples = partial(batches.samples, tensors=inputs)
     seen = tell.each(split.calibration(), "calibrate", split.total, samples)
@@ -100,13 +116,18 @@ def _export(
 
     tell.stage("quantize, and keep the corrections that help")
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
-    plan = plan.noted(found.notes).noted({paired.node: str(paired) for paired in corrected.paired})
+
+    accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
+    better = search.improve(
+        prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, split.kept, accepts, caps, tell
+    )
+    plan = better.plan.noted(found.notes).noted({paired.node: str(paired) for paired in corrected.paired})
 
     few = split.kept[:COMPARED]
-    left = place.ruled_float(prepared.model, recipe.rules)
+    left = {*place.ruled_float(prepared.model, recipe.rules), *better.found.chosen.float_layers}
     floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db
     expected = list(map(graph.runner(prepared.model), few))
-    shrunk = shrink.weights(corrected.int8, expected, few, left, floor_db=floor_db)
+    shrunk = shrink.weights(better.int8, expected, few, left, recipe.search.aim_snr_db, floor_db)
     plan = plan.noted(shrunk.notes)
 
     lint.require_sound(shrunk.int8, cpu)
@@ -121,10 +142,23 @@ def _export(
     left_out = data.skipped(first, second)
     enough = collect.judge(prepared.model, found, watch)
     made = report.make(
-        source, recipe, traced, prepared, split, left_out, plan, found, enough, corrected, shrunk, recorded, models
+        source,
+        recipe,
+        traced,
+        prepared,
+        split,
+        left_out,
+        plan,
+        found,
+        enough,
+        corrected,
+        better,
+        shrunk,
+        recorded,
+        models,
     )
 
     tell.stage("write the bundle, load it, time it")
-    files = report.files(made, recipe, plan, found.ranges, models)
+    files = report.files(made, recipe, plan, found.ranges, better.costs, models)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
-    return report.timed(made, out)
+    return report.timed(made, out, recipe, drops, evaluate)

@@ -17,7 +17,8 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, Field
 from tomlkit.exceptions import TOMLKitError
 
-from exporter import target
+from exporter import budget, target
+from exporter.budget import Drop
 from exporter.data import Asked, Columns, Images, Text
 from exporter.errors import RecipeError
 
@@ -162,6 +163,25 @@ def limited(recipe: Recipe, limits: Mapping[str, float | Sequence[str] | None]) 
     for name, limit in asked.items():
         budget[name] = list(limit) if isinstance(limit, Sequence) else limit
     return parse(tomlkit.dumps(document), recipe.name, recipe.folder)
+
+
+def drops(recipe: Recipe, evaluate: object | None) -> tuple[Drop, ...]:
+    """The limits on metrics of the user's own.
+
+    Raises:
+        RecipeError: not a limit on a metric, or there is no evaluate() to measure it.
+    """
+    limits, found = budget.parse(recipe.budget.metric_drops)
+    if limits:
+        raise RecipeError(
+            "metric_drops", found=f"{', '.join(limits)}", expected='"METRIC drop<=0.5%"', where=recipe.name
+        )
+    if found and evaluate is None:
+        raise RecipeError(
+            f"budget {found[0]}", found="no evaluate()", expected="a function run -> {metric: value}",
+            do="give it to export(), or write it into the sample's file", where=recipe.name,
+        )  # fmt: skip
+    return found
 
 
 def data(recipe: Recipe) -> Asked:

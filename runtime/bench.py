@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,7 @@ def measure(bundle: Bundle, rounds: int = 30) -> Timing:
     if (reference := bundle.path / manifests.FP32).exists():
         session = open_session(reference, threads=bundle.threads, providers=bundle.providers)
         turns.append(lambda: session.run(None, feed))
-    medians = _median_ms(turns, rounds)
+    medians = medians_ms(turns, rounds)
     int8_ms, fp32_ms = medians[0], medians[1] if len(medians) > 1 else None
     return Timing(
         int8_ms=int8_ms,
@@ -62,7 +62,8 @@ def measure(bundle: Bundle, rounds: int = 30) -> Timing:
     )
 
 
-def _median_ms(turns: list[Callable[[], object]], rounds: int) -> list[float]:
+def medians_ms(turns: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Milliseconds of one call of each, taken in turn: A B A B ..., medians over the rounds."""
     times: list[list[float]] = [[] for _ in turns]
     for number in range(WARM_UP + rounds):
         for turn, taken in zip(turns, times, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +14,7 @@ import onnxruntime
 from exporter import data, graph
 from exporter import recipe as recipes
 from exporter.batches import Split
+from exporter.budget import Drop, Evaluate
 from exporter.bundle import Models, Recorded
 from exporter.calibrate import Ranges
 from exporter.calibrate.enough import Enough
@@ -23,7 +24,9 @@ from exporter.place import Plan
 from exporter.prepare import Prepared
 from exporter.recipe import Recipe
 from exporter.report import html
-from exporter.report.value import FloatLayer, KernelCount, Node, Report
+from exporter.report.value import FloatLayer, KernelCount, Node, Report, Searched
+from exporter.search import Improved
+from exporter.search.costs import Costs
 from exporter.shrink import Shrunk
 from exporter.source import Source
 from exporter.target import Target
@@ -33,8 +36,10 @@ from runtime import manifest as manifests
 from runtime.bench import measure
 from runtime.bundle import load
 from runtime.explain import ADDED
+from runtime.gate import Line
 from runtime.kernels import Kernel
 from runtime.manifest import Budget, Machine, Manifest
+from runtime.session import open_session
 
 
 def make(
@@ -48,6 +53,7 @@ def make(
     collected: Collected,
     enough: Enough,
     corrected: Corrected,
+    better: Improved,
     shrunk: Shrunk,
     recorded: Recorded,
     models: Models,
@@ -77,6 +83,7 @@ def make(
         float_nodes=len(plan.decisions) - len(plan.int8),
         float_layers=(*_planned_float(plan), *_ran_float(plan, recorded.kernels.kernels)),
         corrections=corrected.corrections,
+        search=_searched(recipe, better),
         stored=shrunk.stored,
         kernels=_count(recorded.kernels.kernels),
         nodes=tuple(_nodes(plan, recorded.kernels.kernels)),
@@ -93,6 +100,7 @@ def make(
         lines=lines,
         ram_bytes=None,
         timing=None,
+        scores={},
     )
 
 
@@ -122,7 +130,7 @@ def _exact_on(corrected: Corrected, recorded: Recorded) -> tuple[str, ...]:
     return (here,) if recorded.exact and (corrected.pair_rule or here != "x86_64") else ()
 
 
-def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, models: Models) -> dict[str, bytes]:
+def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, costs: Costs, models: Models) -> dict[str, bytes]:
     """{file: content} of a bundle, but for probe.npz and manifest.json."""
     phone = models.phone
     for_phones = {} if phone is None else {manifests.ORT: phone.ort, manifests.OPERATORS: phone.operators.encode()}
@@ -133,20 +141,52 @@ def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, models: Mo
         "recipe.toml": recipe.toml.encode(),
         "plan.txt": plan.to_text().encode(),
         "ranges.json": ranges.to_json().encode(),
+        "costs.json": costs.to_json().encode(),
         "report.json": report.to_json().encode(),
         "report.html": html.render(report, plan).encode(),
     }
 
 
-def timed(report: Report, out: Path) -> Report:
-    """The report with the shipped bundle's own time, and memory where a limit is on it: it is loaded as on a device."""
+def timed(report: Report, out: Path, recipe: Recipe, drops: Sequence[Drop], evaluate: Evaluate | None) -> Report:
+    """The report with what the shipped bundle does here, as on a device: its time, memory where a limit is on it, metrics."""
     bundle = load(out, threads=1)
-    timing, limit = measure(bundle), bundle.manifest.budget.max_ram_bytes
-    if limit is None:
-        return replace(report, timing=timing)
-    found = memory.peak_bytes(bundle)
-    line = gate.line("max_ram_bytes", float(found), limit)
-    return replace(report, timing=timing, ram_bytes=found, lines=(*report.lines, line), met=report.met and line.met)
+    timing, most = measure(bundle), recipe.budget.max_ram_bytes
+    lines = list(report.lines)
+    found = None if most is None else memory.peak_bytes(bundle)
+    if most is not None and found is not None:
+        lines.append(gate.line("max_ram_bytes", float(found), most))
+    if recipe.budget.min_speedup is not None and timing.ratio is not None:
+        lines.append(gate.line("speedup", timing.ratio, recipe.budget.min_speedup))
+    scores = {} if evaluate is None else _scores(out, evaluate)
+    for drop in drops:
+        fp32, int8 = scores[drop.metric]
+        lines.append(Line(what=str(drop), found=int8, limit=drop.least(fp32), met=drop.allows(fp32, int8)))
+    met = all(line.met for line in lines)
+    return replace(report, timing=timing, ram_bytes=found, scores=scores, lines=tuple(lines), met=met)
+
+
+def _scores(out: Path, evaluate: Evaluate) -> dict[str, tuple[float, float]]:
+    """{metric: (FP32, int8)}, of the bundle as it was written."""
+    fp32 = open_session(out / manifests.FP32)
+    names = [output.name for output in fp32.get_outputs()]
+    reference = evaluate(lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
+    candidate = evaluate(load(out).run)
+    return {metric: (float(reference[metric]), float(candidate[metric])) for metric in reference}
+
+
+def _searched(recipe: Recipe, better: Improved) -> Searched:
+    found = better.found
+    return Searched(
+        aim_snr_db=recipe.search.aim_snr_db,
+        max_slower=recipe.search.max_slower,
+        reached=found.reached,
+        first=found.first,
+        chosen=found.chosen,
+        points=found.points,
+        announced=found.announced,
+        evaluations=found.evaluations,
+        costs=better.costs.where,
+    )
 
 
 def _planned_float(plan: Plan) -> Iterable[FloatLayer]:

@@ -24,6 +24,7 @@ def render(report: Report) -> str:
         *_row("decided", f"{report.int8_nodes} nodes int8, {report.float_nodes} float"),
         *(line for layers in _float_layers(report) for line in _row("", layers)),
         *(line for correction in _corrections(report) for line in _row("", correction)),
+        *_row("search", search(report)),
         *_row("data", _data(report)),
         *(line for covered in _coverage(report) for line in _row("", covered)),
         *_row("integers", f"{_percent(report.integer_macs)} of {_millions(report.macs)} MACs ({_kernels(report)})"),
@@ -51,11 +52,32 @@ def render(report: Report) -> str:
         lines += _row(
             "speed", f"int8 is {report.timing.ratio:.2f}x as fast as FP32 here{slower} ({threads}, medians in turn)"
         )
+    for metric, (fp32, int8) in report.scores.items():
+        lines += _row("score", f"{metric}: FP32 {fp32:.4f}, int8 {int8:.4f}")
     lines += _row("budget", "; ".join(map(str, report.lines)) or "none asked for")
     lines += _row(
         "verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met)
     )
     return "\n".join(lines)
+
+
+def search(report: Report) -> str:
+    """What the search did, in a sentence."""
+    found = report.search
+    first, chosen, layers = found.first, found.chosen, len(found.chosen.float_layers)
+    said = f"{found.evaluations} evaluation{'s' if found.evaluations != 1 else ''} on calibration data, costs {found.costs}"
+    if not layers:
+        short = (
+            ""
+            if found.reached
+            else f", short of the aim of {found.aim_snr_db:g} dB: no layer in float is worth its time"
+        )
+        return f"the static plan stays, {first.snr_db:.1f} dB{short}; {said}"
+    time = 100 * (chosen.ms / first.ms - 1)
+    return (
+        f"{layers} layer{'s' if layers != 1 else ''} float: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, "
+        f"{time:+.1f} % predicted time; {said}"
+    )
 
 
 def _stored(report: Report) -> Iterable[str]:
@@ -82,7 +104,8 @@ def _float_layers(report: Report) -> Iterable[str]:
     """Layers that hold MACs and are float, one line a reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for layer in report.float_layers:
-        reasons.setdefault((layer.op_type, layer.reason), []).append(layer.node)
+        reason, *_ = layer.reason.split("; ")  # what later stages noted is in plan.txt
+        reasons.setdefault((layer.op_type, reason), []).append(layer.node)
     for (op_type, reason), nodes in reasons.items():
         yield (
             f"float: {op_type} {nodes[0]}: {reason}" if len(nodes) == 1 else f"float: {len(nodes)} {op_type}: {reason}"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from exporter.calibrate.enough import Coverage
 from exporter.correct import Correction
 from exporter.mobile import Usability
-from exporter.report import text
+from exporter.report import plot, text
+from exporter.search import Point, frontier
 from exporter.shrink import Stored
 from runtime.bench import Timing
 from runtime.drift import Drift
@@ -54,6 +55,33 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """The search for a plan: what it aimed at, every plan it looked at (SNR on calibration batches, predicted ms), the chosen one.
+
+    first: the static plan. reached: whether the chosen one meets the budget and the aim. costs: where the ms come from.
+    """
+
+    aim_snr_db: float
+    max_slower: float
+    reached: bool
+    first: Point
+    chosen: Point
+    points: tuple[Point, ...]
+    announced: int
+    evaluations: int
+    costs: str
+
+    @property
+    def frontier(self) -> tuple[Point, ...]:
+        """The points that no other beats in both error and ms, fastest first."""
+        return frontier(self.points)
+
+    def plot(self, width: int, height: int) -> plot.Plot:
+        """All points as dots in a picture of that size."""
+        return plot.scatter(self.points, self.frontier, self.chosen, width, height)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """asked: name, recipe, target. decided: the plan in numbers. measured: coverage, drift, sizes, time.
 
@@ -70,6 +98,7 @@ class Report:
 
     ram_bytes: what opening and running the model once adds to a process, where a limit asks for it; None like timing.
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
+    scores: {metric: (FP32, int8)} of the user's evaluate(); empty like timing.
     """
 
     name: str
@@ -91,6 +120,7 @@ class Report:
     float_nodes: int
     float_layers: tuple[FloatLayer, ...]
     corrections: tuple[Correction, ...]
+    search: Searched
     stored: tuple[Stored, ...]
     kernels: tuple[KernelCount, ...]
     nodes: tuple[Node, ...]
@@ -107,6 +137,11 @@ class Report:
     lines: tuple[Line, ...]
     ram_bytes: int | None
     timing: Timing | None
+    scores: Mapping[str, tuple[float, float]]
+
+    @property
+    def search_sentence(self) -> str:
+        return text.search(self)
 
     def to_json(self) -> str:
         """Canonical JSON of every field; ±inf as the strings "inf" and "-inf"."""

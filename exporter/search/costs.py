@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -56,6 +56,7 @@ class Costs:
 
     graph: SHA-256 of the prepared graph that it is for.
     where: the CPU and ONNX Runtime that were timed, or the target's table ("predicted").
+    faster: layers that together make the whole model faster in float, as timed; others are taken to be no faster in float.
     quantize_ns, dequantize_ns: of an element of a tensor that crosses; crossing_ns: of either, whatever its size.
     """
 
@@ -63,6 +64,7 @@ class Costs:
     where: str
     measured: bool
     nodes: Mapping[str, NodeCost]
+    faster: tuple[str, ...]
     quantize_ns: float
     dequantize_ns: float
     crossing_ns: float
@@ -113,6 +115,7 @@ def measure(
         where=f"{cpu.name()}, onnxruntime {ort.__version__}",
         measured=True,
         nodes={node.name or "": found.get(node.name or "", nothing) for node in model.graph},
+        faster=(),
         quantize_ns=quantize,
         dequantize_ns=_per_element(crossing[DEQUANTIZE], target.dequantize_ns * quantize / target.quantize_ns),
         crossing_ns=target.crossing_ns,
@@ -150,6 +153,19 @@ def _per_element(taken: tuple[float, int], otherwise: float) -> float:
     return taken[0] / taken[1] if taken[1] else otherwise
 
 
+def settled(costs: Costs, faster: Sequence[str]) -> Costs:
+    """The costs with the layers that were shown to be faster in float. The others' float time is at least that of int8:
+
+    what a kernel takes by itself says too little of a model to call it faster; noise alone would find some.
+    """
+    kept = set(faster)
+    nodes = {
+        name: each if name in kept else replace(each, float_ms=max(each.float_ms, each.int8_ms))
+        for name, each in costs.nodes.items()
+    }
+    return replace(costs, nodes=nodes, faster=tuple(faster))
+
+
 def from_table(model: ir.Model, target: Target, shapes: Mapping[str, Shape]) -> Costs:
     """The costs that the target's table predicts: for CPUs that are not here."""
     return Costs(
@@ -157,6 +173,7 @@ def from_table(model: ir.Model, target: Target, shapes: Mapping[str, Shape]) -> 
         where=f"predicted from the table of {target.name} ({target.costs_from})",
         measured=False,
         nodes={node.name or "": _by_table(node, target, shapes) for node in model.graph},
+        faster=(),
         quantize_ns=target.quantize_ns,
         dequantize_ns=target.dequantize_ns,
         crossing_ns=target.crossing_ns,
@@ -186,7 +203,7 @@ def read(text: str, model: ir.Model, where: str) -> Costs:
         if given.pop("format") != FORMAT:
             raise ValueError("another format")
         nodes = {name: NodeCost(**each) for name, each in given.pop("nodes").items()}
-        found = Costs(nodes=nodes, **given)
+        found = Costs(nodes=nodes, faster=tuple(given.pop("faster")), **given)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(where, found=f"{type(error).__name__}: {error}"[:200], expected="a cost table") from error
     if found.graph != fingerprint(model):

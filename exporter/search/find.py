@@ -3,11 +3,11 @@
     gain(g)  = noise(plan) - noise(plan with g float)         noise = 10^(-SNR / 10) of the worst output, on calibration batches
     price(g) = ms(plan with g float) - ms(plan)               `costs.predict`; the cut places what stands around g anew
 
-1. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain. Where
-   the plan is accurate enough as it is, only groups that are faster in float are looked at.
-2. Groups are ranked: those that are faster in float first, then by gain over price.
-3. Plans are scored jointly, for gains of single groups do not add up: all that are faster in float, then 1, 2, 4, ... groups
-   more, then by halves between the last plan that does not reach the aim and the first that does.
+0. Layers that make the model faster in float (`Costs.faster`) are float, unless that misses the budget.
+1. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain.
+2. Groups are ranked by gain over price.
+3. Plans are scored jointly, for gains of single groups do not add up: the first 1, 2, 4, ... groups of the rank, then by
+   halves between the last plan that does not reach the aim and the first that does.
 4. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
    group's gain is the noise of the plan in which it alone is int8.
 
@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from exporter import graph, place
+from exporter import gates, graph, place
 from exporter.batches import Batch
+from exporter.budget import Accepts, Run
 from exporter.graph import Shape
 from exporter.place import Plan
 from exporter.progress import Progress
@@ -38,11 +39,9 @@ from exporter.target import Target
 from runtime import drift, gate
 from runtime.manifest import Budget
 
-Run = Callable[[Batch], Batch]
-
 COLLAPSED_DB = 12.0
 MOST_UNITS = 48
-FASTER = 0.01  # share of the plan's ms that a float group must save to be float for its speed
+DB_PER_PERCENT = 1.0  # of the outputs' SNR, that a percent of time must buy
 NAMED = "packlight search"
 
 
@@ -61,7 +60,7 @@ class Goal:
     budget: Budget
     aim_snr_db: float
     max_slower: float
-    accepts: Callable[[Run], bool] | None = None
+    accepts: Accepts | None = None
     max_evaluations: int | None = None
     max_minutes: float | None = None
 
@@ -93,14 +92,14 @@ class Found:
     evaluations: int
     seconds: float
 
-    @property
-    def frontier(self) -> tuple[Point, ...]:
-        """The points that no other beats in both error and ms, fastest first."""
-        best: list[Point] = []
-        for point in sorted(self.points, key=lambda each: (each.ms, -each.snr_db)):
-            if not best or point.snr_db > best[-1].snr_db:
-                best.append(point)
-        return tuple(best)
+
+def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
+    """The points that no other beats in both error and ms, fastest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.ms, -each.snr_db)):
+        if not best or point.snr_db > best[-1].snr_db:
+            best.append(point)
+    return tuple(best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,15 +127,14 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
     scores = _Scores(problem, goal)
     start = time.monotonic()
     first = scores.of(frozenset())
-    groups = _groups(problem.plan)
-    if scores.reached(first):
-        groups = [group for group in groups if scores.ms(group) < (1 - FASTER) * first.ms]
-    announced = 1 + len(groups) + (_halvings(len(groups)) if groups else 0)
+    start_at = scores.of(frozenset(problem.costs.faster))
+    groups = [] if scores.reached(start_at) or scores.reached(first) else groups_of(problem.plan)
+    announced = len(scores.points) + len(groups) + (_halvings(len(groups)) if groups else 0)
     if groups:
         allowed = _allowed(goal, start)
         each = tell.each(groups, f"search: {first.snr_db:.1f} dB, up to {announced} evaluations", len(groups))
         gains = [_gain(scores, first, group) for group in each if allowed(len(scores.points))]
-        _refine(scores, goal, *_ranked(first, gains), allowed)
+        _refine(scores, goal, _ranked(problem.costs.faster, first, gains), allowed)
     chosen = _choose(scores, first)
     return Found(
         plan=_explained(scores, chosen, first),
@@ -174,7 +172,10 @@ class _Scores:
         return costs.predict(given.model, self.plan(floats), given.costs, given.shapes)
 
     def run(self, floats: frozenset[str]) -> Run:
-        return graph.runner(variant.of(self.problem.model, self.plan(floats), self.known))
+        plan = self.plan(floats)
+        int8 = variant.of(self.problem.model, plan, self.known)
+        gates.read(int8, plan.int8)
+        return graph.runner(int8)
 
     def of(self, floats: frozenset[str]) -> Point:
         if floats not in self.points:
@@ -209,7 +210,7 @@ class _Gain:
     ms: float
 
 
-def _groups(plan: Plan) -> list[frozenset[str]]:
+def groups_of(plan: Plan) -> list[frozenset[str]]:
     """Layers one by one, by twos and by fours, in graph order: neighbours that are float together need no Q/DQ between them."""
     layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
     unit = max(1, math.ceil(len(layers) / MOST_UNITS))
@@ -244,42 +245,31 @@ def _gain(scores: _Scores, first: Point, group: frozenset[str]) -> _Gain:
     return _Gain(group=group, noise=_noise(others.snr_db), ms=alone.ms - first.ms)
 
 
-def _ranked(first: Point, gains: Sequence[_Gain]) -> tuple[int, list[frozenset[str]]]:
-    """How many groups are faster in float, and the layers of the first n groups for each n: those, then by gain over price.
-
-    A group inside of those before it is left out.
-    """
+def _ranked(faster: Iterable[str], first: Point, gains: Sequence[_Gain]) -> list[frozenset[str]]:
+    """The layers of the first n groups for each n, by gain over price; a group inside of those before it is left out."""
     free = 1e-3 * first.ms  # what is cheaper than this costs nothing that can be measured
-    faster = sorted((gain for gain in gains if gain.ms < -FASTER * first.ms), key=lambda gain: gain.ms)
-    helping = [gain for gain in gains if gain.noise > 0 and gain.ms >= -FASTER * first.ms]
-    helping.sort(key=lambda gain: -gain.noise / max(gain.ms, free))
+    helping = sorted((gain for gain in gains if gain.noise > 0), key=lambda gain: -gain.noise / max(gain.ms, free))
     prefixes: list[frozenset[str]] = []
-    covered: frozenset[str] = frozenset()
-    quick = 0
-    for number, gain in enumerate((*faster, *helping)):
+    covered = frozenset(faster)
+    for gain in helping:
         if not gain.group <= covered:
             covered |= gain.group
             prefixes.append(covered)
-            quick += number < len(faster)
-    return quick, prefixes
+    return prefixes
 
 
-def _refine(
-    scores: _Scores, goal: Goal, quick: int, prefixes: Sequence[frozenset[str]], allowed: Callable[[int], bool]
-) -> None:
-    """Score the last of the first `quick` prefixes, then 1, 2, 4, ... on until one is accurate enough or too slow, then between."""
+def _refine(scores: _Scores, goal: Goal, prefixes: Sequence[frozenset[str]], allowed: Callable[[int], bool]) -> None:
+    """Score the first 1, 2, 4, ... groups until a plan is accurate enough or too slow, then between the last two."""
     base = scores.of(frozenset())
 
     def enough(size: int) -> bool:
         point = scores.of(prefixes[size - 1])
         return scores.reached(point) or (scores.accepts(point) and _is_slow(point, base, goal))
 
-    low, step = 0, max(1, quick)
-    high = min(step, len(prefixes))
+    low, high = 0, min(1, len(prefixes))
     while high and allowed(len(scores.points)) and not enough(high) and high < len(prefixes):
-        low, step = high, 1 if step == quick else 2 * step
-        high = min(high + step, len(prefixes))
-    while high - low > 1 and low >= quick and allowed(len(scores.points)):
+        low, high = high, min(2 * high, len(prefixes))
+    while high - low > 1 and allowed(len(scores.points)):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
 
@@ -289,13 +279,20 @@ def _is_slow(point: Point, fastest: Point, goal: Goal) -> bool:
 
 
 def _choose(scores: _Scores, first: Point) -> Point:
-    """The fastest that meets the budget and the aim and is not too slow; else of those that meet the budget and are not too
-    slow the closest to the aim; else the fastest that meets the budget; else the closest."""
+    """Of the plans that meet the budget and are not too slow the one worth most; else the fastest that meets it; else the closest.
+
+    worth = min(SNR, aim) - DB_PER_PERCENT · percent of time above the fastest
+    """
+    goal = scores.goal
     every = sorted(scores.points.values(), key=lambda point: (point.ms, -point.snr_db))
     every = [point for point in every if len(point.float_layers) < len(scores.layers)] or [first]
-    quick = [point for point in every if not _is_slow(point, min(every[0], first, key=lambda p: p.ms), scores.goal)]
-    by_error = sorted(quick, key=lambda point: (-point.snr_db, point.ms))
-    preferred = (*(point for point in quick if point.snr_db >= scores.goal.aim_snr_db), *by_error, *every)
+    fastest = min(every[0], first, key=lambda point: point.ms)
+
+    def worth(point: Point) -> float:
+        return min(point.snr_db, goal.aim_snr_db) - DB_PER_PERCENT * 100 * (point.ms / max(fastest.ms, 1e-9) - 1)
+
+    quick = sorted((point for point in every if not _is_slow(point, fastest, goal)), key=lambda each: -worth(each))
+    preferred = (*quick, *every)
     accepted = next((point for point in preferred if scores.accepts(point)), None)
     return accepted or max(every, key=lambda point: point.snr_db)
 

@@ -98,7 +98,7 @@ def test_python_file_brings_model_data_recipe_and_score(tmp_path: Path, capsys: 
         == 0
     )
     found = json.loads(capsys.readouterr().out)
-    assert found["report"]["target"] == "portable"
+    assert found["target"] == "portable"
     assert found["scores"]["mean"][0] == pytest.approx(found["scores"]["mean"][1], abs=0.02)
 
 

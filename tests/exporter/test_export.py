@@ -63,7 +63,7 @@ def test_bundle_for_a_phone_needs_no_onnx_file_and_one_without_either_is_refused
 def test_exporting_again_with_the_phones_file_gives_the_same_bytes(phone: Exported, cnn: Path, tmp_path: Path) -> None:
     again = export(cnn, tmp_path / "again", "portable", ort=True, **LIMITS)
     expected = contents(phone.folder)
-    assert len(expected) == 11
+    assert len(expected) == 12
     assert [name for name, content in contents(tmp_path / "again").items() if content != expected[name]] == []
     assert again.nodes == phone.report.nodes
 

@@ -65,7 +65,7 @@ def test_report_counts_nodes_batches_and_bytes(exported: Exported) -> None:
     )
     assert (report.calibration_batches, report.drift.batches) == (4, 3)
     assert (report.fp32_bytes, report.int8_bytes) == (len(files["model.fp32.onnx"]), len(files["model.int8.onnx"]))
-    assert report.macs == 2 * 64 * (16 * 27 + 16 * 16 * 9 + 4 * 16)
+    assert report.macs == 2 * 64 * (16 * 36 + 16 * 16 * 9 + 4 * 16)
     assert report.timing is not None and report.timing.ratio is not None and report.timing.ratio > 0
 
 
@@ -102,7 +102,7 @@ def test_exporting_again_in_this_process_and_in_another_gives_the_same_bytes(
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path / "there")], cwd=root, check=True, capture_output=True)
     expected = contents(exported.folder)
-    assert len(expected) == 9
+    assert len(expected) == 10
     for folder in (tmp_path / "here", tmp_path / "there"):
         found = contents(folder)
         assert found.keys() == expected.keys()
@@ -281,10 +281,10 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         def each(
             self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
         ) -> Iterator[T]:
-            assert samples is not None
             told.append(f"{text} {total}")
             for item in items:
-                counted.append(samples(item))
+                if samples is not None:
+                    counted.append(samples(item))
                 yield item
 
     exporter.export(
@@ -295,7 +295,8 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         out=tmp_path / "b",
         progress=Listener(),
     )
-    assert [text.split()[0] for text in told] == [
+    # "time" once a model: costs are remembered
+    assert [word for text in told if (word := text.split()[0]) != "time"] == [
         "trace",
         "rewrite",
         "decide",

@@ -1,0 +1,159 @@
+"""The static plan and its corrections -> the plan that ships: costs from here, a file or the target's table; then the search."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from exporter import correct
+from exporter.batches import Array, Batch
+from exporter.budget import MARGIN_DB, Accepts
+from exporter.calibrate import Ranges, cache
+from exporter.correct import Corrected
+from exporter.errors import RecipeError
+from exporter.graph import Shape
+from exporter.place import Plan
+from exporter.progress import Progress
+from exporter.recipe import Recipe, Rule
+from exporter.search import costs as prices
+from exporter.search import faster
+from exporter.search.costs import Costs
+from exporter.search.find import Found, Goal, Problem, groups_of, search
+from exporter.target import Target, of
+from runtime import cpu
+from runtime.manifest import Budget
+
+FOLDER = "costs"  # beside calibration's, in the same cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """What a search may take, and what it is given.
+
+    costs: a cost table that another export wrote; None measures here, or predicts where the target is another CPU.
+    max_evaluations: 0 is no search.
+    """
+
+    costs: Path | None = None
+    max_evaluations: int | None = None
+    max_minutes: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Improved:
+    """The plan that ships, its int8 graph, what the search looked at, and the costs it went by."""
+
+    plan: Plan
+    int8: ir.Model
+    found: Found
+    costs: Costs
+
+
+def improve(
+    model: ir.Model,
+    plan: Plan,
+    ranges: Ranges,
+    means: Mapping[tuple[str, int], Array],
+    corrected: Corrected,
+    target: Target,
+    recipe: Recipe,
+    shapes: Mapping[str, Shape],
+    batches: Sequence[Batch],
+    accepts: Accepts | None,
+    caps: Caps,
+    tell: Progress,
+) -> Improved:
+    """Search as the recipe asks, and quantize under the plan that was found.
+
+    Args:
+        model, plan, ranges, means, corrected: what `correct.improve` was given, and gave.
+        target, recipe, shapes: as the plan was decided with.
+        batches: calibration batches.
+        accepts: see `Goal`.
+        caps: on the search.
+        tell: told what is being done.
+
+    Raises:
+        RecipeError: the cost table cannot be read, or is of another graph.
+    """
+    int8 = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
+    costs = _costs(model, plan, int8, batches[0], target, recipe.rules, shapes, caps.costs, tell)
+    problem = Problem(
+        model=model, plan=plan, int8=int8, target=target, rules=recipe.rules, shapes=shapes, batches=batches, costs=costs
+    )  # fmt: skip
+    found = search(problem, _goal(recipe, accepts, caps), tell)
+    same = found.plan.int8 == plan.int8
+    shipped = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
+    return Improved(plan=found.plan, int8=shipped, found=found, costs=costs)
+
+
+def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps) -> Goal:
+    """The recipe's limits on drift, with a margin: they are judged on other batches in the end."""
+    asked = recipe.budget
+    least = None if asked.min_snr_db is None else asked.min_snr_db + MARGIN_DB
+    drift = Budget(
+        min_snr_db=least, min_cosine=asked.min_cosine, max_abs=asked.max_abs, min_same_top1=asked.min_same_top1
+    )
+    return Goal(
+        budget=drift,
+        aim_snr_db=recipe.search.aim_snr_db,
+        max_slower=recipe.search.max_slower,
+        accepts=accepts,
+        max_evaluations=caps.max_evaluations,
+        max_minutes=caps.max_minutes,
+    )
+
+
+def _costs(
+    model: ir.Model,
+    plan: Plan,
+    int8: ir.Model,
+    batch: Batch,
+    target: Target,
+    rules: Sequence[Rule],
+    shapes: Mapping[str, Shape],
+    given: Path | None,
+    tell: Progress,
+) -> Costs:
+    """From the file; measured, if this machine is the target, and remembered, so that the next export finds the same plan."""
+    if given is not None:
+        try:
+            text = given.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError("--costs", found=f"{given}: {error}", expected="a cost table") from error
+        return prices.read(text, model, f"--costs {given}")
+    if target.name != of(cpu.read()).name:
+        return prices.from_table(model, target, shapes)
+    place = _place(model, plan)
+    if place is not None:
+        with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
+            return prices.read(place.read_text(encoding="utf-8"), model, str(place))
+    tell.stage("time every node in float and in int8")
+    measured = prices.measure(model, plan, int8, batch, target, shapes)
+    quick = faster.prove(model, plan, int8, groups_of(plan), target, rules, shapes, batch, measured)
+    measured = prices.settled(measured, quick)
+    if place is not None:
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, delete=False) as file:
+                file.write(measured.to_json())
+            os.replace(file.name, place)
+    return measured
+
+
+def _place(model: ir.Model, plan: Plan) -> Path | None:
+    """Where the costs of this graph and plan on this CPU are remembered; None where the cache is off."""
+    folder = cache.place()
+    if folder is None:
+        return None
+    said = (prices.fingerprint(model), plan.to_text(), cpu.name(), cache.kind_of_cpu(), ort.__version__)
+    key = hashlib.sha256("\0".join(said).encode()).hexdigest()
+    return folder.parent / FOLDER / f"{key}.json"
