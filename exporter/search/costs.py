@@ -56,6 +56,7 @@ class Costs:
 
     graph: SHA-256 of the prepared graph that it is for.
     where: the CPU and ONNX Runtime that were timed, or the target's table ("predicted").
+    timed: {`name_of` the float layers of a plan: time of its int8 model over that of the static plan's}.
     faster: layers that together make the whole model faster in float, as timed; others are taken to be no faster in float.
     quantize_ns, dequantize_ns: of an element of a tensor that crosses; crossing_ns: of either, whatever its size.
     """
@@ -65,12 +66,18 @@ class Costs:
     measured: bool
     nodes: Mapping[str, NodeCost]
     faster: tuple[str, ...]
+    timed: Mapping[str, float]
     quantize_ns: float
     dequantize_ns: float
     crossing_ns: float
 
     def to_json(self) -> str:
         return canonical({"format": FORMAT, **{name: getattr(self, name) for name in self.__slots__}})
+
+
+def name_of(float_layers: Sequence[str]) -> str:
+    """A short name of a plan that differs from the static one by these layers."""
+    return hashlib.sha256("\n".join(float_layers).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: ir.Model) -> str:
@@ -116,6 +123,7 @@ def measure(
         measured=True,
         nodes={node.name or "": found.get(node.name or "", nothing) for node in model.graph},
         faster=(),
+        timed={},
         quantize_ns=quantize,
         dequantize_ns=_per_element(crossing[DEQUANTIZE], target.dequantize_ns * quantize / target.quantize_ns),
         crossing_ns=target.crossing_ns,
@@ -174,6 +182,7 @@ def from_table(model: ir.Model, target: Target, shapes: Mapping[str, Shape]) -> 
         measured=False,
         nodes={node.name or "": _by_table(node, target, shapes) for node in model.graph},
         faster=(),
+        timed={},
         quantize_ns=target.quantize_ns,
         dequantize_ns=target.dequantize_ns,
         crossing_ns=target.crossing_ns,

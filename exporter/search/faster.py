@@ -64,13 +64,15 @@ def prove(
     other = under(chosen)
     trial = variant.of(model, other, variant.pairs(int8))
     gates.read(trial, other.int8)
-    took = _in_turn([int8, trial], batch, target)
-    return tuple(name for name in layers if name in chosen) if took[1] < (1 - PROVED) * took[0] else ()
+    proved = ratio(int8, trial, batch, target) < 1 - PROVED
+    return tuple(name for name in layers if name in chosen) if proved else ()
 
 
-def _in_turn(models: Sequence[ir.Model], batch: Batch, target: Target) -> list[float]:
-    sessions = [open_session(graph.to_bytes(each), threads=1, entries=target.session) for each in models]
+def ratio(int8: ir.Model, other: ir.Model, batch: Batch, target: Target) -> float:
+    """Time of the other model over that of the first: medians in turn, one thread, as the target's sessions run them."""
+    sessions = [open_session(graph.to_bytes(each), threads=1, entries=target.session) for each in (int8, other)]
     feed = {value.name: batch[value.name] for value in sessions[0].get_inputs()}
     turns = [lambda session=session: session.run(None, feed) for session in sessions]
     once = math.fsum(medians_ms(turns, 1)) / 1e3
-    return medians_ms(turns, max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / once))))
+    took = medians_ms(turns, max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / once))))
+    return took[1] / took[0]

@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -84,15 +84,27 @@ def improve(
     Raises:
         RecipeError: the cost table cannot be read, or is of another graph.
     """
-    int8 = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
-    costs = _costs(model, plan, int8, batches[0], target, recipe.rules, shapes, caps.costs, tell)
+    plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
+    costs = _costs(model, plan, plain, batches[0], target, recipe.rules, shapes, caps.costs, tell)
+    timed = dict(costs.timed)
+
+    def ratio(float_layers: tuple[str, ...], other: ir.Model) -> float:
+        name = prices.name_of(float_layers)
+        if name not in timed:
+            timed[name] = faster.ratio(corrected.int8, other, batches[0], target)
+        return timed[name]
+
     problem = Problem(
-        model=model, plan=plan, int8=int8, target=target, rules=recipe.rules, shapes=shapes, batches=batches, costs=costs
+        model=model, plan=plan, int8=plain, target=target, rules=recipe.rules, shapes=shapes, batches=batches,
+        costs=costs, ratio=ratio if costs.measured else None,
     )  # fmt: skip
     found = search(problem, _goal(recipe, accepts, caps), tell)
+    costs = replace(costs, timed=timed)
+    if caps.costs is None and costs.measured:
+        _remember(costs, _place(model, plan))
     same = found.plan.int8 == plan.int8
-    shipped = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
-    return Improved(plan=found.plan, int8=shipped, found=found, costs=costs)
+    int8 = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
+    return Improved(plan=found.plan, int8=int8, found=found, costs=costs)
 
 
 def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps) -> Goal:
@@ -140,13 +152,17 @@ def _costs(
     measured = prices.measure(model, plan, int8, batch, target, shapes)
     quick = faster.prove(model, plan, int8, groups_of(plan), target, rules, shapes, batch, measured)
     measured = prices.settled(measured, quick)
-    if place is not None:
-        with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, delete=False) as file:
-                file.write(measured.to_json())
-            os.replace(file.name, place)
     return measured
+
+
+def _remember(costs: Costs, place: Path | None) -> None:
+    if place is None:
+        return
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, delete=False) as file:
+            file.write(costs.to_json())
+        os.replace(file.name, place)
 
 
 def _place(model: ir.Model, plan: Plan) -> Path | None:

@@ -154,6 +154,26 @@ def test_layer_that_was_proved_faster_in_float_turns_float(faster: str) -> None:
     assert found.chosen.ms == pytest.approx(3.5)
 
 
+def test_plan_that_is_slower_than_predicted_counts_with_its_own_time() -> None:
+    given = problem()
+    goal = replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.025)
+    predicted = search(given, goal, Silent()).chosen
+    assert len(predicted.float_layers) == 2
+    asked: list[tuple[str, ...]] = []
+
+    def ratio(layers: tuple[str, ...], _: object) -> float:
+        asked.append(layers)
+        return 1.5 if len(layers) > 1 else 1.01
+
+    found = search(replace(given, ratio=ratio), goal, Silent())
+    assert asked[0] == predicted.float_layers
+    assert found.chosen.float_layers == ("bad",)
+    assert found.chosen.timed
+    assert found.chosen.ms == pytest.approx(4.04)
+    never = search(replace(given, ratio=lambda layers, _: 2.0), goal, Silent())
+    assert never.chosen.float_layers == ()
+
+
 def test_layer_that_only_seemed_faster_stays_int8() -> None:
     given = problem()
     nodes = {**given.costs.nodes, "one": costs.NodeCost(float_ms=0.5, int8_ms=1.0)}
