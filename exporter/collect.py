@@ -54,9 +54,9 @@ def collect(
         model: the prepared graph.
         plan: says which tensors need ranges.
         asked: the recipe's [calibrate].
-        target: whether weights must keep the pair rule, for "auto", which tries ranges on the int8 model.
+        target: whether weights must keep the pair rule, for "best" and "auto", which try ranges on the int8 model.
         batches: read once.
-        kept: some of them, filled while they are read (`batches.Split.kept`); "auto" compares outputs on these.
+        kept: some of them, filled while they are read (`batches.Split.kept`); "best" and "auto" compare outputs on these.
         tell: told what is being done.
         there: the workers to observe on, or None.
 
@@ -70,15 +70,16 @@ def collect(
     if by_onnxruntime:
         ranges = quantize.ranges_by_onnxruntime(model, plan.tensors, batches, asked.method, asked.percentile)
         return _collected(found, calibrate.distinguish(model, ranges), {})
-    if asked.method != "auto":
+    if asked.method not in ("best", "auto"):
         ranges = methods.ranges(found, asked.method, asked.percentile)
         return _collected(found, calibrate.distinguish(model, ranges), {})
-    tell.stage("choose the range of each tensor by its effect on the outputs")
+    tell.stage("choose the method of the ranges by its effect on the outputs")
     given = auto.candidates(model, found, asked.percentile)
     rounded = rounding.under_pair_rule(model, plan)[0] if target.pairs_in_int16 else quantize.NOTHING_ROUNDED
     int8 = quantize.to_int8(model, plan, given["minmax"], rounded, gates_on_codes=False)
-    chosen = auto.choose(model, int8, given, kept)
-    return _collected(found, chosen.ranges, _notes(model, chosen))
+    chosen = auto.choose(model, int8, given, kept, auto.EVALUATIONS if asked.method == "auto" else len(given))
+    ranges = chosen.ranges if chosen.changed else given[chosen.best]
+    return _collected(found, ranges, _notes(model, chosen))
 
 
 def _collected(found: Statistics, ranges: Ranges, notes: Mapping[str, str]) -> Collected:

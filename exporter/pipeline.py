@@ -34,7 +34,7 @@ from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
 from exporter.source import Source
 
-COMPARED = 16  # calibration batches on which weights are stored as codes, or not
+COMPARED = 16  # calibration batches on which plans are compared, and weights stored as codes or not
 
 
 def export(
@@ -117,13 +117,13 @@ def _export(
     tell.stage("quantize, and keep the corrections that help")
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
 
+    few = split.kept[:COMPARED]
     accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
     better = search.improve(
-        prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, split.kept, accepts, caps, tell
+        prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts, caps, tell
     )
     plan = better.plan.noted(found.notes).noted({paired.node: str(paired) for paired in corrected.paired})
 
-    few = split.kept[:COMPARED]
     left = {*place.ruled_float(prepared.model, recipe.rules), *better.found.chosen.float_layers}
     floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db
     expected = list(map(graph.runner(prepared.model), few))

@@ -36,7 +36,7 @@ class Calibrate(_Table):
     engine: "onnxruntime" is its own calibrators (minmax, percentile, entropy), which hold every activation in memory.
     """
 
-    method: Literal["minmax", "moving-average", "percentile", "entropy", "mse", "auto"] = "minmax"
+    method: Literal["minmax", "moving-average", "percentile", "entropy", "mse", "best", "auto"] = "best"
     percentile: float = Field(default=99.99, gt=50, le=100)
     engine: Literal["packlight", "onnxruntime"] = "packlight"
 

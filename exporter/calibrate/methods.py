@@ -57,7 +57,7 @@ def ranges(statistics: Statistics, method: str, percentile: float = PERCENTILE) 
 
 
 def needs_histograms(method: str) -> bool:
-    """Whether a method, or "auto", looks at more than smallest and largest values."""
+    """Whether a method, "best" or "auto" looks at more than smallest and largest values."""
     return method not in ("minmax", "moving-average")
 
 
