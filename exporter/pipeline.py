@@ -122,23 +122,25 @@ def _export(
     better = search.improve(
         prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts, caps, tell
     )
-    plan = better.plan.noted(found.notes).noted({paired.node: str(paired) for paired in corrected.paired})
+    int8 = set(better.plan.int8)
+    paired = {each.node: str(each) for each in corrected.paired if each.node in int8}
+    plan = better.plan.noted(found.notes).noted(paired)
 
-    left = {*place.ruled_float(prepared.model, recipe.rules), *better.found.chosen.float_layers}
-    floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db
+    left = {*place.ruled(prepared.model, recipe.rules, "float"), *better.found.chosen.float_layers}
+    floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db + budget.MARGIN_DB
     expected = list(map(graph.runner(prepared.model), few))
-    shrunk = shrink.weights(better.int8, expected, few, left, recipe.search.aim_snr_db, floor_db)
+    shrunk = shrink.weights(better.int8, expected, few, left, floor_db=floor_db)
     plan = plan.noted(shrunk.notes)
 
     lint.require_sound(shrunk.int8, cpu)
-    fp32, int8 = graph.to_bytes(prepared.reference), graph.to_bytes(shrunk.int8)
+    fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(shrunk.int8)
     watch = collect.watch(prepared.model, plan)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
-    elsewhere = partial(cluster.total, there, fp32, int8, cpu.session) if there is not None else None
-    recorded = bundle.record(fp32, int8, unseen, cpu.session, recipe.probe, elsewhere)
+    elsewhere = partial(cluster.total, there, fp32, shipped, cpu.session) if there is not None else None
+    recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere)
 
     tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
-    models = bundle.models(fp32, int8, recorded.probes, cpu, ort=ort)
+    models = bundle.models(fp32, shipped, recorded.probes, cpu, ort=ort)
     left_out = data.skipped(first, second)
     enough = collect.judge(prepared.model, found, watch)
     made = report.make(

@@ -15,7 +15,7 @@ Source: minimum cut as an exact optimum for two labels, Greig et al. 1989; solve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -83,7 +83,13 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def decide(model: ir.Model, target: Target, rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
+def decide(
+    model: ir.Model,
+    target: Target,
+    rules: Sequence[Rule],
+    shapes: Mapping[str, Shape],
+    floats: Collection[str] = (),
+) -> Plan:
     """Place every node of the prepared graph.
 
     Args:
@@ -91,12 +97,18 @@ def decide(model: ir.Model, target: Target, rules: Sequence[Rule], shapes: Mappi
         target: what the CPU can do, and at what cost.
         rules: first match wins, by node name or op_type (`*` and `?` match any text).
         shapes: the shape of every tensor on one real batch (`graph.shapes`): sizes decide what a crossing costs.
+        floats: names of nodes that are float whatever they cost, as a search asks; no pattern, and before the rules.
 
     Raises:
         RecipeError: a rule that matches no node, or asks for int8 where there is no integer kernel.
     """
     nodes = list(model.graph)
     ruled = _match(rules, nodes)
+    ruled |= {
+        node: Rule(match=node.name, precision="float", why="search")
+        for node in nodes
+        if node.name and node.name in floats
+    }
     refused = {node: _refusal(node, target) for node in nodes}
     for node, rule in ruled.items():
         if rule.precision == "int8" and refused[node]:
@@ -127,10 +139,10 @@ def decide(model: ir.Model, target: Target, rules: Sequence[Rule], shapes: Mappi
     return Plan(decisions=decisions, tensors=tuple(name for name in needed if name))
 
 
-def ruled_float(model: ir.Model, rules: Sequence[Rule]) -> frozenset[str]:
-    """Names of the nodes that a rule calls float."""
+def ruled(model: ir.Model, rules: Sequence[Rule], precision: Precision) -> frozenset[str]:
+    """Names of the nodes that a rule calls int8, or float."""
     matched = _match(rules, list(model.graph))
-    return frozenset(node.name or "" for node, rule in matched.items() if rule.precision == "float")
+    return frozenset(node.name or "" for node, rule in matched.items() if rule.precision == precision)
 
 
 def _match(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Rule]:

@@ -121,9 +121,15 @@ def under(
     gates_on_codes: bool = True,
 ) -> ir.Model:
     """The int8 graph of a plan with fewer int8 nodes than the corrected one, with the corrections that were kept."""
-    weights = quantize.weights(corrected.int8)
-    source = bias.correct(model, plan, means, weights) if corrected.shifted else model
-    return quantize.to_int8(source, plan, ranges, corrected.rounded, gates_on_codes)
+    int8 = set(plan.int8)
+    read = {value.name for node in model.graph if node.name in int8 for value in node.inputs if value is not None}
+    rounded = {name: weight for name, weight in corrected.rounded.items() if name in read}
+    return quantize.to_int8(source(model, plan, means, corrected), plan, ranges, rounded, gates_on_codes)
+
+
+def source(model: ir.Model, plan: Plan, means: Mapping[tuple[str, int], Array], corrected: Corrected) -> ir.Model:
+    """The prepared graph with the biases that go with the corrected weights, of the layers that the plan calls int8."""
+    return bias.correct(model, plan, means, quantize.weights(corrected.int8)) if corrected.shifted else model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -54,7 +54,8 @@ class NodeCost:
 class Costs:
     """The cost of every node of one graph.
 
-    graph: SHA-256 of the prepared graph that it is for.
+    graph: SHA-256 of the prepared graph that it is for; target: the name of its target.
+    nodes: of the static plan's int8 nodes; others are float in every plan.
     where: the CPU and ONNX Runtime that were timed, or the target's table ("predicted").
     timed: {`name_of` the float layers of a plan: time of its int8 model over that of the static plan's}.
     faster: layers that together make the whole model faster in float, as timed; others are taken to be no faster in float.
@@ -62,6 +63,7 @@ class Costs:
     """
 
     graph: str
+    target: str
     where: str
     measured: bool
     nodes: Mapping[str, NodeCost]
@@ -113,15 +115,15 @@ def measure(
     in_float, in_int8 = map(_by_node, taken)
     crossing = _crossing_times(int8, taken[1], shapes)
     quantize = _per_element(crossing[QUANTIZE], target.quantize_ns)
-    nothing = NodeCost(float_ms=0.0, int8_ms=0.0)
     found = {
         name: NodeCost(float_ms=in_float.get(name, 0.0), int8_ms=in_int8.get(name, 0.0)) for name in sorted(plan.int8)
     }
     return Costs(
         graph=fingerprint(model),
+        target=target.name,
         where=f"{cpu.name()}, onnxruntime {ort.__version__}",
         measured=True,
-        nodes={node.name or "": found.get(node.name or "", nothing) for node in model.graph},
+        nodes=found,
         faster=(),
         timed={},
         quantize_ns=quantize,
@@ -174,13 +176,16 @@ def settled(costs: Costs, faster: Sequence[str]) -> Costs:
     return replace(costs, nodes=nodes, faster=tuple(faster))
 
 
-def from_table(model: ir.Model, target: Target, shapes: Mapping[str, Shape]) -> Costs:
+def from_table(model: ir.Model, plan: Plan, target: Target, shapes: Mapping[str, Shape]) -> Costs:
     """The costs that the target's table predicts: for CPUs that are not here."""
     return Costs(
         graph=fingerprint(model),
+        target=target.name,
         where=f"predicted from the table of {target.name} ({target.costs_from})",
         measured=False,
-        nodes={node.name or "": _by_table(node, target, shapes) for node in model.graph},
+        nodes={
+            name: _by_table(node, target, shapes) for node in model.graph if (name := node.name or "") in set(plan.int8)
+        },
         faster=(),
         timed={},
         quantize_ns=target.quantize_ns,
@@ -201,11 +206,11 @@ def _by_table(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Nod
     return NodeCost(float_ms=price.float_ns / 1e6, int8_ms=price.int8_ns / 1e6)
 
 
-def read(text: str, model: ir.Model, where: str) -> Costs:
+def read(text: str, model: ir.Model, plan: Plan, target: Target, where: str) -> Costs:
     """Costs that `to_json` wrote.
 
     Raises:
-        RecipeError: not such a file, or one of another graph.
+        RecipeError: not such a file, or one of another graph, target or static plan.
     """
     try:
         given = json.loads(text)
@@ -218,6 +223,11 @@ def read(text: str, model: ir.Model, where: str) -> Costs:
     if found.graph != fingerprint(model):
         raise RecipeError(
             where, found="the costs of another graph", expected=f"those of graph {fingerprint(model)[:12]}",
+            do="measure again: leave --costs out",
+        )  # fmt: skip
+    if found.target != target.name or not found.nodes.keys() >= set(plan.int8):
+        raise RecipeError(
+            where, found=f"the costs of another plan, for {found.target}", expected=f"those of this one, for {target.name}",
             do="measure again: leave --costs out",
         )  # fmt: skip
     return found

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from exporter import gates, graph, place
+from exporter import graph
 from exporter.batches import Batch
-from exporter.graph import Shape
-from exporter.place import Plan
-from exporter.recipe import Rule
 from exporter.search import costs as prices
-from exporter.search import variant
 from exporter.search.costs import Costs
+from exporter.search.plans import NONE, Plans
 from exporter.target import Target
 from runtime.bench import medians_ms
 from runtime.session import open_session
@@ -25,47 +21,31 @@ MOST_MACS = 0.2  # of the int8 layers' MACs: a plan that is mostly float is not 
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 3.0, 10, 200
 
 
-def prove(
-    model: ir.Model,
-    plan: Plan,
-    int8: ir.Model,
-    groups: Sequence[frozenset[str]],
-    target: Target,
-    rules: Sequence[Rule],
-    shapes: Mapping[str, Shape],
-    batch: Batch,
-    costs: Costs,
-) -> tuple[str, ...]:
+def prove(plans: Plans, batch: Batch, target: Target, costs: Costs) -> tuple[str, ...]:
     """Layers that are float from now on because the model is faster so, in graph order; none where that is not proved.
 
     Args:
-        model, plan, int8, target, rules, shapes: as for `Problem`.
-        groups: neighbouring layers, that are float together.
+        plans: to choose from.
         batch: what both models run on.
+        target: its session entries.
         costs: from `costs.measure`.
     """
-    base = prices.predict(model, plan, costs, shapes)
-    macs = {d.node: d.macs for d in plan.decisions}
-    layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
 
-    def under(floats: frozenset[str]) -> Plan:
-        off = [Rule(match=name, precision="float", why="faster") for name in layers if name in floats]
-        return place.decide(model, target, (*off, *rules), shapes)
+    def ms(floats: frozenset[str]) -> float:
+        return prices.predict(plans.model, plans.plan(floats), costs, plans.shapes)
 
-    saved = {group: base - prices.predict(model, under(group), costs, shapes) for group in groups}
-    chosen: frozenset[str] = frozenset()
+    base, groups = ms(NONE), plans.groups()
+    macs = {d.node: d.macs for d in plans.static.decisions}
+    most = MOST_MACS * math.fsum(macs[name] for name in plans.layers)
+    saved = {group: base - ms(group) for group in groups}
+    chosen = NONE
     for group in sorted(groups, key=lambda group: -saved[group]):
         wider = chosen | group
-        small = math.fsum(macs[name] for name in wider) <= MOST_MACS * math.fsum(macs[name] for name in layers)
-        if saved[group] > SAVED * base and small and not group <= chosen:
+        if saved[group] > SAVED * base and math.fsum(macs[name] for name in wider) <= most:
             chosen = wider
-    if not chosen:
+    if not chosen or ratio(plans.int8(NONE), plans.int8(chosen), batch, target) > 1 - PROVED:
         return ()
-    other = under(chosen)
-    trial = variant.of(model, other, variant.pairs(int8))
-    gates.read(trial, other.int8)
-    proved = ratio(int8, trial, batch, target) < 1 - PROVED
-    return tuple(name for name in layers if name in chosen) if proved else ()
+    return tuple(name for name in plans.layers if name in chosen)
 
 
 def ratio(int8: ir.Model, other: ir.Model, batch: Batch, target: Target) -> float:

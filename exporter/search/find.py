@@ -24,29 +24,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from exporter import gates, graph, place
+from exporter import graph
 from exporter.batches import Batch
 from exporter.budget import Accepts, Run
-from exporter.graph import Shape
 from exporter.place import Plan
 from exporter.progress import Progress
-from exporter.recipe import Rule
-from exporter.search import costs, variant
+from exporter.search import costs
 from exporter.search.costs import Costs
-from exporter.target import Target
+from exporter.search.plans import Plans
 from runtime import drift, gate
 from runtime.manifest import Budget
 
 COLLAPSED_DB = 12.0
-MOST_UNITS = 48
 MOST_TIMED = 6  # plans that are timed as a whole
 DB_PER_PERCENT = 1.0  # of the outputs' SNR, that a percent of time must buy
-NAMED = "packlight search"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,23 +103,16 @@ def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(best)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
     """What a search is about.
 
-    model: the prepared graph. plan, int8: its static plan, and the int8 graph of it with the corrections that helped.
-    target, rules, shapes: those with which `place.decide` made the plan.
-    batches: calibration batches to compare outputs on.
+    plans: to choose from. batches: calibration batches to compare outputs on.
     costs: from `costs.measure`, `costs.from_table` or a file. The same costs and batches find the same plan.
     ratio: the time of a plan's int8 graph over that of the static plan's, given the layers that are float; None predicts.
     """
 
-    model: ir.Model
-    plan: Plan
-    int8: ir.Model
-    target: Target
-    rules: Sequence[Rule]
-    shapes: Mapping[str, Shape]
+    plans: Plans
     batches: Sequence[Batch]
     costs: Costs
     ratio: Callable[[tuple[str, ...], ir.Model], float] | None = None
@@ -134,17 +123,21 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
     scores = _Scores(problem, goal)
     start = time.monotonic()
     first = scores.of(frozenset())
-    start_at = scores.of(frozenset(problem.costs.faster))
-    groups = [] if scores.reached(start_at) or scores.reached(first) else groups_of(problem.plan)
-    announced = len(scores.points) + len(groups) + (_halvings(len(groups)) if groups else 0)
+    allowed = _allowed(goal, start)
+    quick = frozenset(problem.costs.faster) & frozenset(problem.plans.layers)
+    if quick and allowed(len(scores.points)):
+        scores.of(quick)
+    enough = any(map(scores.reached, list(scores.points.values())))
+    groups = [] if enough or not allowed(len(scores.points)) else problem.plans.groups()
+    each_takes = 2 if first.snr_db < COLLAPSED_DB else 1
+    announced = len(scores.points) + each_takes * len(groups) + (_halvings(len(groups)) if groups else 0)
     if groups:
-        allowed = _allowed(goal, start)
         each = tell.each(groups, f"search: {first.snr_db:.1f} dB, up to {announced} evaluations", len(groups))
         gains = [_gain(scores, first, group) for group in each if allowed(len(scores.points))]
-        _refine(scores, goal, _ranked(problem.costs.faster, first, gains), allowed)
+        _refine(scores, goal, _ranked(quick, first, gains), allowed)
     chosen = _choose(scores, first)
     return Found(
-        plan=_explained(scores, chosen, first),
+        plan=_explained(problem, chosen, first),
         first=first,
         chosen=chosen,
         reached=scores.reached(chosen),
@@ -160,50 +153,34 @@ class _Scores:
 
     def __init__(self, problem: Problem, goal: Goal) -> None:
         self.problem, self.goal = problem, goal
-        self.known = variant.pairs(problem.int8)
-        self.expected = list(map(graph.runner(problem.model), problem.batches))
-        self.layers = tuple(d.node for d in problem.plan.decisions if d.macs and d.precision == "int8")
+        self.expected = list(map(graph.runner(problem.plans.model), problem.batches))
         self.points: dict[frozenset[str], Point] = {}
         self.accepted: dict[tuple[str, ...], bool] = {}
-        self.plans = {frozenset[str](): problem.plan}
-
-    def plan(self, floats: frozenset[str]) -> Plan:
-        if floats not in self.plans:
-            given = self.problem
-            off = (Rule(match=name, precision="float", why=NAMED) for name in self.layers if name in floats)
-            self.plans[floats] = place.decide(given.model, given.target, (*off, *given.rules), given.shapes)
-        return self.plans[floats]
-
-    def ms(self, floats: frozenset[str]) -> float:
-        given = self.problem
-        return costs.predict(given.model, self.plan(floats), given.costs, given.shapes)
-
-    def int8(self, floats: frozenset[str]) -> ir.Model:
-        plan = self.plan(floats)
-        made = variant.of(self.problem.model, plan, self.known)
-        gates.read(made, plan.int8)
-        return made
 
     def run(self, floats: frozenset[str]) -> Run:
-        return graph.runner(self.int8(floats))
+        return graph.runner(self.problem.plans.int8(floats))
 
     def timed(self, point: Point, first: Point) -> Point:
         """The point with the time of its whole model, in the ms of the static plan."""
         floats = frozenset(point.float_layers)
         if not point.timed and floats and self.problem.ratio is not None:
-            ratio = self.problem.ratio(point.float_layers, self.int8(floats))
+            ratio = self.problem.ratio(point.float_layers, self.problem.plans.int8(floats))
             self.points[floats] = replace(point, ms=first.ms * ratio, timed=True)
         return self.points[floats]
 
     def of(self, floats: frozenset[str]) -> Point:
         if floats not in self.points:
-            run, batches = self.run(floats), self.problem.batches
-            found = drift.measure(zip(self.expected, map(run, batches), strict=True))
+            given, run = self.problem, self.run(floats)
+            plan = given.plans.plan(floats)
+            found = drift.measure(zip(self.expected, map(run, given.batches), strict=True))
+            share = sum(d.macs for d in plan.decisions if d.precision == "int8") / max(
+                1, sum(d.macs for d in plan.decisions)
+            )
             self.points[floats] = Point(
-                float_layers=tuple(name for name in self.layers if name in floats),
+                float_layers=tuple(name for name in given.plans.layers if name in floats),
                 snr_db=found.worst_snr_db,
-                ms=self.ms(floats),
-                met=all(line.met for line in gate.limits(self.goal.budget, found, 1.0, 0, 0)),
+                ms=costs.predict(given.plans.model, plan, given.costs, given.plans.shapes),
+                met=all(line.met for line in gate.limits(self.goal.budget, found, share, 0, 0)),
             )
         return self.points[floats]
 
@@ -226,14 +203,6 @@ class _Gain:
     group: frozenset[str]
     noise: float
     ms: float
-
-
-def groups_of(plan: Plan) -> list[frozenset[str]]:
-    """Layers one by one, by twos and by fours, in graph order: neighbours that are float together need no Q/DQ between them."""
-    layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
-    unit = max(1, math.ceil(len(layers) / MOST_UNITS))
-    sizes = [size for size in (unit, 2 * unit, 4 * unit) if size <= len(layers)]
-    return [frozenset(layers[at : at + size]) for size in sizes for at in range(0, len(layers), size)]
 
 
 def _halvings(groups: int) -> int:
@@ -259,16 +228,16 @@ def _gain(scores: _Scores, first: Point, group: frozenset[str]) -> _Gain:
     alone = scores.of(group)
     if first.snr_db >= COLLAPSED_DB:
         return _Gain(group=group, noise=_noise(first.snr_db) - _noise(alone.snr_db), ms=alone.ms - first.ms)
-    others = scores.of(frozenset(scores.layers) - group)
+    others = scores.of(frozenset(scores.problem.plans.layers) - group)
     return _Gain(group=group, noise=_noise(others.snr_db), ms=alone.ms - first.ms)
 
 
-def _ranked(faster: Iterable[str], first: Point, gains: Sequence[_Gain]) -> list[frozenset[str]]:
+def _ranked(quick: frozenset[str], first: Point, gains: Sequence[_Gain]) -> list[frozenset[str]]:
     """The layers of the first n groups for each n, by gain over price; a group inside of those before it is left out."""
     free = 1e-3 * first.ms  # what is cheaper than this costs nothing that can be measured
     helping = sorted((gain for gain in gains if gain.noise > 0), key=lambda gain: -gain.noise / max(gain.ms, free))
     prefixes: list[frozenset[str]] = []
-    covered = frozenset(faster)
+    covered = quick
     for gain in helping:
         if not gain.group <= covered:
             covered |= gain.group
@@ -302,16 +271,16 @@ def _choose(scores: _Scores, first: Point) -> Point:
     worth = min(SNR, aim) - DB_PER_PERCENT · percent of time above the fastest
     """
     for _ in range(MOST_TIMED):
-        best = _best(scores, first)
+        best = _best(scores, first, scores.points.values())
         if scores.timed(best, first) == best:
             return best
-    return first if first.met else best
+    return _best(scores, first, [point for point in scores.points.values() if point.timed or point == first])
 
 
-def _best(scores: _Scores, first: Point) -> Point:
+def _best(scores: _Scores, first: Point, points: Iterable[Point]) -> Point:
     goal = scores.goal
-    every = sorted(scores.points.values(), key=lambda point: (point.ms, -point.snr_db))
-    every = [point for point in every if len(point.float_layers) < len(scores.layers)] or [first]
+    every = sorted(points, key=lambda point: (point.ms, -point.snr_db))
+    every = [point for point in every if len(point.float_layers) < len(scores.problem.plans.layers)] or [first]
     fastest = min(every[0], first, key=lambda point: point.ms)
 
     def worth(point: Point) -> float:
@@ -322,12 +291,14 @@ def _best(scores: _Scores, first: Point) -> Point:
     return accepted or max(every, key=lambda point: point.snr_db)
 
 
-def _explained(scores: _Scores, chosen: Point, first: Point) -> Plan:
-    """The chosen plan; each layer that was turned float says so."""
-    plan = scores.plan(frozenset(chosen.float_layers))
-    count = len(chosen.float_layers)
+def _explained(problem: Problem, chosen: Point, first: Point) -> Plan:
+    """The chosen plan; each layer that was turned float says why."""
+    plan = problem.plans.plan(frozenset(chosen.float_layers))
+    count, quick = len(chosen.float_layers), set(problem.costs.faster)
     together = f", with {count - 1} more" if count > 1 else ""
     why = f"search: float{together} takes the outputs from {first.snr_db:.1f} to {chosen.snr_db:.1f} dB"
-    floats = set(chosen.float_layers)
-    decisions = (replace(each, reason=why) if each.node in floats else each for each in plan.decisions)
+    reasons = {
+        name: "search: the model is faster with it in float" if name in quick else why for name in chosen.float_layers
+    }
+    decisions = (replace(each, reason=reasons.get(each.node, each.reason)) for each in plan.decisions)
     return replace(plan, decisions=tuple(decisions))

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,11 +23,12 @@ from exporter.errors import RecipeError
 from exporter.graph import Shape
 from exporter.place import Plan
 from exporter.progress import Progress
-from exporter.recipe import Recipe, Rule
+from exporter.recipe import Recipe
 from exporter.search import costs as prices
 from exporter.search import faster
 from exporter.search.costs import Costs
-from exporter.search.find import Found, Goal, Problem, groups_of, search
+from exporter.search.find import Found, Goal, Problem, search
+from exporter.search.plans import Plans
 from exporter.target import Target, of
 from runtime import cpu
 from runtime.manifest import Budget
@@ -85,7 +87,10 @@ def improve(
         RecipeError: the cost table cannot be read, or is of another graph.
     """
     plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
-    costs = _costs(model, plan, plain, batches[0], target, recipe.rules, shapes, caps.costs, tell)
+    source = partial(correct.source, model, means=means, corrected=corrected)
+    plans = Plans(model, plan, plain, source, target, recipe.rules, shapes)
+    place = _place(model, plan, batches[0])
+    costs = _costs(plans, corrected.int8, batches[0], target, caps.costs, place, tell)
     timed = dict(costs.timed)
 
     def ratio(float_layers: tuple[str, ...], other: ir.Model) -> float:
@@ -94,14 +99,14 @@ def improve(
             timed[name] = faster.ratio(corrected.int8, other, batches[0], target)
         return timed[name]
 
-    problem = Problem(
-        model=model, plan=plan, int8=plain, target=target, rules=recipe.rules, shapes=shapes, batches=batches,
-        costs=costs, ratio=ratio if costs.measured else None,
-    )  # fmt: skip
-    found = search(problem, _goal(recipe, accepts, caps), tell)
-    costs = replace(costs, timed=timed)
-    if caps.costs is None and costs.measured:
-        _remember(costs, _place(model, plan))
+    measuring = caps.costs is None and costs.measured
+    problem = Problem(plans=plans, batches=batches, costs=costs, ratio=ratio if measuring or timed else None)
+    try:
+        found = search(problem, _goal(recipe, accepts, caps), tell)
+    finally:
+        costs = replace(costs, timed=timed)
+        if measuring:
+            _remember(costs, place)
     same = found.plan.int8 == plan.int8
     int8 = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
     return Improved(plan=found.plan, int8=int8, found=found, costs=costs)
@@ -112,7 +117,11 @@ def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps) -> Goal:
     asked = recipe.budget
     least = None if asked.min_snr_db is None else asked.min_snr_db + MARGIN_DB
     drift = Budget(
-        min_snr_db=least, min_cosine=asked.min_cosine, max_abs=asked.max_abs, min_same_top1=asked.min_same_top1
+        min_snr_db=least,
+        min_cosine=asked.min_cosine,
+        max_abs=asked.max_abs,
+        min_same_top1=asked.min_same_top1,
+        min_integer_macs=asked.min_integer_macs,
     )
     return Goal(
         budget=drift,
@@ -125,33 +134,25 @@ def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps) -> Goal:
 
 
 def _costs(
-    model: ir.Model,
-    plan: Plan,
-    int8: ir.Model,
-    batch: Batch,
-    target: Target,
-    rules: Sequence[Rule],
-    shapes: Mapping[str, Shape],
-    given: Path | None,
-    tell: Progress,
+    plans: Plans, int8: ir.Model, batch: Batch, target: Target, given: Path | None, place: Path | None, tell: Progress
 ) -> Costs:
     """From the file; measured, if this machine is the target, and remembered, so that the next export finds the same plan."""
+    model, plan = plans.model, plans.static
     if given is not None:
         try:
             text = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError("--costs", found=f"{given}: {error}", expected="a cost table") from error
-        return prices.read(text, model, f"--costs {given}")
+        return prices.read(text, model, plan, target, f"--costs {given}")
     if target.name != of(cpu.read()).name:
-        return prices.from_table(model, target, shapes)
-    place = _place(model, plan)
+        return prices.from_table(model, plan, target, plans.shapes)
     if place is not None:
         with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
-            return prices.read(place.read_text(encoding="utf-8"), model, str(place))
+            return prices.read(place.read_text(encoding="utf-8"), model, plan, target, str(place))
     tell.stage("time every node in float and in int8")
-    measured = prices.measure(model, plan, int8, batch, target, shapes)
-    quick = faster.prove(model, plan, int8, groups_of(plan), target, rules, shapes, batch, measured)
-    measured = prices.settled(measured, quick)
+    measured = prices.measure(model, plan, int8, batch, target, plans.shapes)
+    measured = prices.settled(measured, faster.prove(plans, batch, target, measured))
+    _remember(measured, place)
     return measured
 
 
@@ -165,11 +166,12 @@ def _remember(costs: Costs, place: Path | None) -> None:
         os.replace(file.name, place)
 
 
-def _place(model: ir.Model, plan: Plan) -> Path | None:
-    """Where the costs of this graph and plan on this CPU are remembered; None where the cache is off."""
+def _place(model: ir.Model, plan: Plan, batch: Batch) -> Path | None:
+    """Where the costs of this graph, plan and size of batch on this CPU are remembered; None where the cache is off."""
     folder = cache.place()
     if folder is None:
         return None
-    said = (prices.fingerprint(model), plan.to_text(), cpu.name(), cache.kind_of_cpu(), ort.__version__)
+    sizes = str(sorted((name, array.shape) for name, array in batch.items()))
+    said = (prices.fingerprint(model), plan.to_text(), sizes, cpu.name(), cache.kind_of_cpu(), ort.__version__)
     key = hashlib.sha256("\0".join(said).encode()).hexdigest()
     return folder.parent / FOLDER / f"{key}.json"

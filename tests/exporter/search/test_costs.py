@@ -11,7 +11,7 @@ from exporter.calibrate import observe
 from exporter.errors import RecipeError
 from exporter.recipe import Rule
 from exporter.search import costs
-from exporter.target import X86_VNNI
+from exporter.target import PORTABLE, X86_VNNI
 from tests import models
 from tests.exporter import stages
 
@@ -41,23 +41,29 @@ def test_every_int8_layer_was_timed_in_float_and_in_int8() -> None:
 def test_costs_are_read_as_they_were_written() -> None:
     model = stages.prepared(MODEL).model
     found = measured()
-    assert costs.read(found.to_json(), model, "costs.json") == found
+    assert costs.read(found.to_json(), model, stages.plan(MODEL), X86_VNNI, "costs.json") == found
 
 
 def test_costs_of_another_graph_are_refused() -> None:
     with pytest.raises(RecipeError, match="the costs of another graph"):
-        costs.read(measured().to_json(), stages.prepared("transformer").model, "costs.json")
+        costs.read(
+            measured().to_json(),
+            stages.prepared("transformer").model,
+            stages.plan("transformer"),
+            X86_VNNI,
+            "costs.json",
+        )
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 9}', '{"format": 1, "nodes": {"a": 1}}'])
 def test_what_is_no_cost_table_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="expected a cost table"):
-        costs.read(text, stages.prepared(MODEL).model, "costs.json")
+        costs.read(text, stages.prepared(MODEL).model, stages.plan(MODEL), X86_VNNI, "costs.json")
 
 
 def test_predicted_ms_is_nodes_and_crossings_as_the_plan_has_them() -> None:
     model, plan = stages.prepared(MODEL).model, stages.plan(MODEL)
-    found = costs.from_table(model, X86_VNNI, shapes())
+    found = costs.from_table(model, plan, X86_VNNI, shapes())
     assert not found.measured
     assert "predicted" in found.where
     layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
@@ -70,6 +76,18 @@ def test_predicted_ms_is_nodes_and_crossings_as_the_plan_has_them() -> None:
 
 
 def test_tables_numbers_are_plain_json() -> None:
-    given = json.loads(costs.from_table(stages.prepared(MODEL).model, X86_VNNI, shapes()).to_json())
+    given = json.loads(costs.from_table(stages.prepared(MODEL).model, stages.plan(MODEL), X86_VNNI, shapes()).to_json())
     assert given["format"] == costs.FORMAT
-    assert {*given["nodes"]} == {node.name for node in stages.prepared(MODEL).model.graph}
+    assert {*given["nodes"]} == {*stages.plan(MODEL).int8}
+
+
+def test_costs_of_another_target_or_of_a_plan_with_fewer_int8_nodes_are_refused() -> None:
+    model, plan = stages.prepared(MODEL).model, stages.plan(MODEL)
+    text = costs.from_table(model, plan, X86_VNNI, shapes()).to_json()
+    with pytest.raises(RecipeError, match="the costs of another plan, for x86-vnni"):
+        costs.read(text, model, plan, PORTABLE, "costs.json")
+    layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
+    fewer = place.decide(model, X86_VNNI, (), shapes(), floats=layers[:1])
+    other = costs.from_table(model, fewer, X86_VNNI, shapes()).to_json()
+    with pytest.raises(RecipeError, match="the costs of another plan"):
+        costs.read(other, model, plan, X86_VNNI, "costs.json")

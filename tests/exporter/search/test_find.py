@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,9 @@ from exporter import graph, place, quantize
 from exporter.budget import Run
 from exporter.calibrate import distinguish, observe
 from exporter.progress import Silent
+from exporter.recipe import Rule
 from exporter.search import Goal, Problem, costs, frontier, search
+from exporter.search.plans import Plans
 from exporter.target import X86_VNNI
 from runtime.manifest import Budget
 from tests.exporter import graphs
@@ -35,13 +38,13 @@ WEIGHTS = {
 NO_LIMIT = Goal(budget=Budget(), aim_snr_db=30.0, max_slower=10.0)
 
 
-def problem(flat: bool = True) -> Problem:
+def problem(flat: bool = True, rules: Sequence[Rule] = ()) -> Problem:
     model = graphs.model(CHAIN, WEIGHTS)
     batches = [{"x": graphs.noise(seed, 1, 16)} for seed in range(8)]
     shapes = graph.shapes(model, batches[0])
-    plan = place.decide(model, X86_VNNI, (), shapes)
+    plan = place.decide(model, X86_VNNI, rules, shapes)
     int8 = quantize.to_int8(model, plan, distinguish(model, observe(model, plan.tensors, batches).ranges))
-    found = costs.from_table(model, X86_VNNI, shapes)
+    found = costs.from_table(model, plan, X86_VNNI, shapes)
     if flat:
         layers = {d.node for d in plan.decisions if d.macs}
         each = {
@@ -50,7 +53,7 @@ def problem(flat: bool = True) -> Problem:
         }
         found = replace(found, nodes=each, quantize_ns=0.0, dequantize_ns=0.0, crossing_ns=0.0)
     return Problem(
-        model=model, plan=plan, int8=int8, target=X86_VNNI, rules=(), shapes=shapes, batches=batches, costs=found
+        plans=Plans(model, plan, int8, lambda _: model, X86_VNNI, rules, shapes), batches=batches, costs=found
     )
 
 
@@ -69,7 +72,7 @@ def test_plan_that_is_accurate_enough_is_evaluated_once_and_kept() -> None:
     given = problem()
     found = search(given, replace(NO_LIMIT, aim_snr_db=-100.0), Silent())
     assert (found.evaluations, found.announced) == (1, 1)
-    assert found.plan == given.plan
+    assert found.plan == given.plans.static
     assert found.chosen.float_layers == ()
 
 
@@ -110,7 +113,7 @@ def test_budget_that_no_plan_meets_gives_the_closest() -> None:
 def test_measure_of_the_callers_own_decides_with_the_budget() -> None:
     given = problem()
     x = given.batches[0]
-    expected = graph.runner(given.model)(x)["y"]
+    expected = graph.runner(given.plans.model)(x)["y"]
 
     def close(run: Run) -> bool:
         return float(np.abs(run(x)["y"] - expected).max()) < 0.1
@@ -181,3 +184,32 @@ def test_layer_that_only_seemed_faster_stays_int8() -> None:
     assert settled.nodes["one"].float_ms == 1.0
     found = search(replace(given, costs=settled), replace(NO_LIMIT, aim_snr_db=-100.0), Silent())
     assert found.chosen.float_layers == ()
+
+
+def test_layer_that_a_rule_calls_int8_stays_int8() -> None:
+    given = problem(rules=[Rule(match="bad", precision="int8", why="asked for")])
+    found = search(given, replace(NO_LIMIT, aim_snr_db=1000.0), Silent())
+    assert "bad" not in given.plans.layers
+    assert all("bad" not in point.float_layers for point in found.points)
+
+
+def test_no_plan_but_the_static_one_where_none_may_be_evaluated() -> None:
+    given = problem()
+    quick = costs.settled(given.costs, ("one",))
+    found = search(replace(given, costs=quick), replace(NO_LIMIT, aim_snr_db=1000.0, max_evaluations=0), Silent())
+    assert (found.evaluations, found.chosen) == (1, found.first)
+
+
+def test_plan_that_the_caller_refuses_is_not_what_is_left_when_the_timed_ones_are_slow() -> None:
+    given = problem()
+
+    def refuses_static(run: Run) -> bool:
+        return (
+            float(np.abs(run(given.batches[0])["y"] - graph.runner(given.plans.model)(given.batches[0])["y"]).max())
+            < 0.1
+        )
+
+    slow = replace(given, ratio=lambda layers, _: 2.0 + len(layers))
+    found = search(slow, replace(NO_LIMIT, aim_snr_db=-100.0, accepts=refuses_static), Silent())
+    assert found.chosen.float_layers != ()
+    assert found.chosen.timed

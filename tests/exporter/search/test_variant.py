@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 
-from exporter import graph, place, quantize
+from exporter import correct, graph, place, quantize
 from exporter.calibrate import distinguish, observe
+from exporter.correct import bias
 from exporter.recipe import Rule
 from exporter.search import variant
-from exporter.target import X86_VNNI
+from exporter.search.plans import Plans
+from exporter.target import PORTABLE, X86_VNNI, Target
 from tests import models
 from tests.exporter import stages
 
@@ -42,3 +47,32 @@ def test_variant_leaves_the_prepared_graph_as_it_is() -> None:
     ranges = observe(model, plan.tensors, models.batches("residual", 0, 2)).ranges
     variant.of(model, plan, variant.pairs(quantize.to_int8(model, plan, ranges)))
     assert graph.to_bytes(model) == before
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer", "upsampler"])
+@pytest.mark.parametrize("target", [X86_VNNI, PORTABLE])
+@pytest.mark.parametrize("count", [0, 1])
+def test_plan_that_is_measured_is_the_one_that_ships(name: str, target: Target, count: int) -> None:
+    """With biases and codes corrected: bit for bit, and the layer that is float has its own weights."""
+    model, batches = stages.prepared(name).model, list(models.batches(name, 0, 6))
+    shapes = graph.shapes(model, batches[0])
+    plan = place.decide(model, target, (), shapes)
+    found = observe(model, plan.tensors, batches, bias.channels(model, plan))
+    ranges = distinguish(model, found.ranges)
+    corrected = replace(correct.improve(model, plan, ranges, found.means, target, batches), shifted=True)
+    plain = correct.under(model, plan, ranges, found.means, corrected, gates_on_codes=False)
+    source = partial(correct.source, model, means=found.means, corrected=corrected)
+    plans = Plans(model, plan, plain, source, target, (), shapes)
+    floats = frozenset(plans.layers[:count])
+    measured = graph.runner(plans.int8(floats))
+    shipped = graph.runner(correct.under(model, plans.plan(floats), ranges, found.means, corrected))
+    for batch in batches:
+        theirs = shipped(batch)
+        assert {key: value.tobytes() for key, value in measured(batch).items()} == {
+            key: value.tobytes() for key, value in theirs.items()
+        }
+    if floats:
+        int8 = correct.under(model, plans.plan(floats), ranges, found.means, corrected)
+        (layer,) = (node for node in int8.graph if node.name in floats)
+        own = next(node for node in model.graph if node.name in floats)
+        assert np.array_equal(graph.constant(layer.inputs[1]), graph.constant(own.inputs[1]))  # type: ignore[arg-type]
