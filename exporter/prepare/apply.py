@@ -27,6 +27,7 @@ from exporter.prepare import (
     pad,
     pool,
     shapes,
+    stem,
     unshare,
 )
 
@@ -50,7 +51,8 @@ REWRITES: Mapping[str, Rewrite] = {
     "pool": pool.rewrite,
     "conv_transpose": conv_transpose.rewrite,
     "affine": affine.rewrite,
-    "channels": channels.rewrite,
+    "stem": stem.rewrite,
+    "channels": channels.rewrite,  # those that stem left
     "constants": constants.rewrite,
     "unshare": unshare.rewrite,
     "ends": ends.rewrite,  # again: constants takes every Identity out

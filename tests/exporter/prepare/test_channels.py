@@ -26,9 +26,10 @@ def test_picture_of_odd_channels_is_filled_to_a_multiple_of_four(found: int, fil
         ("[c] y = Conv(x, w)", (5, 4, 3, 3)),
         ("[c] y = Conv<group=2>(x, w)", (6, 2, 3, 3)),
         ("r = Relu(x)\n [c] y = Conv(r, w)", (5, 3, 3, 3)),
+        ("[c] y = Conv<strides=[8,8]>(x, w)", (5, 3, 8, 8)),
     ],
 )
-def test_words_groups_and_inner_tensors_are_left_alone(text: str, weight: tuple[int, ...]) -> None:
+def test_words_groups_inner_tensors_and_large_kernels_are_left_alone(text: str, weight: tuple[int, ...]) -> None:
     given = weight[1] * (2 if "group" in text else 1)
     model = graphs.model(
         f"(float[N,{given},9,9] x) => (float[N,M,P,Q] y) {{ {text} }}", {"w": graphs.noise(1, *weight)}
