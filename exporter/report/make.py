@@ -179,7 +179,10 @@ def _searched(recipe: Recipe, better: Improved) -> Searched:
     return Searched(
         aim_snr_db=recipe.search.aim_snr_db,
         max_slower=recipe.search.max_slower,
+        accepted=found.accepted,
         reached=found.reached,
+        capped=found.capped,
+        worst=found.worst,
         first=found.first,
         chosen=found.chosen,
         points=found.points,

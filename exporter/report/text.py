@@ -62,22 +62,32 @@ def render(report: Report) -> str:
 
 
 def search(report: Report) -> str:
-    """What the search did, in a sentence."""
+    """What the search did, and what stands in the way where it did not get there."""
     found = report.search
     first, chosen, layers = found.first, found.chosen, len(found.chosen.float_layers)
     said = f"{found.evaluations} evaluation{'s' if found.evaluations != 1 else ''} on calibration data, costs {found.costs}"
-    if not layers:
-        short = (
-            ""
-            if found.reached
-            else f", short of the aim of {found.aim_snr_db:g} dB: no layer in float is worth its time"
+    if layers:
+        time = f"{100 * (chosen.ms / first.ms - 1):+.1f} % {'time' if chosen.timed else 'predicted time'}"
+        done = f"{layers} layer{'s' if layers != 1 else ''} float: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, {time}"
+    else:
+        done = f"the static plan stays, {first.snr_db:.1f} dB"
+    return "; ".join(filter(None, (done, _short(report), said)))
+
+
+def _short(report: Report) -> str:
+    """Why the plan is short of what was asked for; empty where it is not."""
+    found = report.search
+    if found.reached:
+        return ""
+    worst = ", ".join("..".join(dict.fromkeys((group[0], group[-1]))) for group in found.worst)
+    most = f"; most of the error arises in {worst}" if worst else ""
+    if not found.accepted:
+        return (
+            f"NO PLAN MEETS THE BUDGET{', as far as the caps allow' if found.capped else ''}: this is the closest{most}"
         )
-        return f"the static plan stays, {first.snr_db:.1f} dB{short}; {said}"
-    time = 100 * (chosen.ms / first.ms - 1)
-    return (
-        f"{layers} layer{'s' if layers != 1 else ''} float: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, "
-        f"{time:+.1f} % predicted time; {said}"
-    )
+    if found.capped:
+        return f"short of the aim of {found.aim_snr_db:g} dB, as far as the caps allow"
+    return f"short of the aim of {found.aim_snr_db:g} dB: more float layers are not worth their time{most}"
 
 
 def _stored(report: Report) -> Iterable[str]:

@@ -58,12 +58,16 @@ class Node:
 class Searched:
     """The search for a plan: what it aimed at, every plan it looked at (SNR on calibration batches, predicted ms), the chosen one.
 
-    first: the static plan. reached: whether the chosen one meets the budget and the aim. costs: where the ms come from.
+    first: the static plan. accepted: whether the chosen one meets the budget; reached: and the aim. capped: whether a cap ended
+    the search. worst: the groups of layers in which most noise arises. costs: where the ms come from.
     """
 
     aim_snr_db: float
     max_slower: float
+    accepted: bool
     reached: bool
+    capped: bool
+    worst: tuple[tuple[str, ...], ...]
     first: Point
     chosen: Point
     points: tuple[Point, ...]

@@ -41,6 +41,7 @@ from runtime import drift, gate
 from runtime.manifest import Budget
 
 COLLAPSED_DB = 12.0
+NAMED = 3  # groups that are told
 MOST_TIMED = 6  # plans that are timed as a whole
 DB_PER_PERCENT = 1.0  # of the outputs' SNR, that a percent of time must buy
 
@@ -80,14 +81,18 @@ class Point:
 class Found:
     """The chosen plan, and every plan that was looked at on the way.
 
-    first: the static plan. reached: whether the chosen one meets the budget and the aim.
-    announced: evaluations that were announced before the first; evaluations: those there were. seconds: of the search.
+    first: the static plan. accepted: whether the chosen one meets the budget; reached: and the aim.
+    capped: whether a cap ended the search. worst: the groups of layers in which most of the static plan's noise arises.
+    announced: evaluations that were announced, all counted; evaluations: those there were. seconds: of the search.
     """
 
     plan: Plan
     first: Point
     chosen: Point
+    accepted: bool
     reached: bool
+    capped: bool
+    worst: tuple[tuple[str, ...], ...]
     points: tuple[Point, ...]
     announced: int
     evaluations: int
@@ -131,6 +136,7 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
     groups = [] if enough or not allowed(len(scores.points)) else problem.plans.groups()
     each_takes = 2 if first.snr_db < COLLAPSED_DB else 1
     announced = len(scores.points) + each_takes * len(groups) + (_halvings(len(groups)) if groups else 0)
+    gains: list[_Gain] = []
     if groups:
         each = tell.each(groups, f"search: {first.snr_db:.1f} dB, up to {announced} evaluations", len(groups))
         gains = [_gain(scores, first, group) for group in each if allowed(len(scores.points))]
@@ -140,7 +146,10 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
         plan=_explained(problem, chosen, first),
         first=first,
         chosen=chosen,
+        accepted=scores.accepts(chosen),
         reached=scores.reached(chosen),
+        capped=not scores.reached(chosen) and not allowed(len(scores.points)),
+        worst=_worst(problem.plans.layers, gains),
         points=tuple(scores.points.values()),
         announced=announced,
         evaluations=len(scores.points),
@@ -230,6 +239,13 @@ def _gain(scores: _Scores, first: Point, group: frozenset[str]) -> _Gain:
         return _Gain(group=group, noise=_noise(first.snr_db) - _noise(alone.snr_db), ms=alone.ms - first.ms)
     others = scores.of(frozenset(scores.problem.plans.layers) - group)
     return _Gain(group=group, noise=_noise(others.snr_db), ms=alone.ms - first.ms)
+
+
+def _worst(layers: Sequence[str], gains: Sequence[_Gain]) -> tuple[tuple[str, ...], ...]:
+    """The smallest groups that take most off the noise, worst first."""
+    least = min((len(gain.group) for gain in gains), default=0)
+    single = sorted((g for g in gains if len(g.group) == least and g.noise > 0), key=lambda gain: -gain.noise)
+    return tuple(tuple(name for name in layers if name in gain.group) for gain in single[:NAMED])
 
 
 def _ranked(quick: frozenset[str], first: Point, gains: Sequence[_Gain]) -> list[frozenset[str]]:

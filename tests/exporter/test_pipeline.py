@@ -301,6 +301,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         "rewrite",
         "decide",
         "calibrate",
+        "choose",
         "quantize,",
         "measure",
         "write",

@@ -77,7 +77,7 @@ def test_text_says_what_was_asked_decided_and_measured(exported: Exported) -> No
     assert "residual for x86-vnni (recipe x86-vnni)" in said
     assert "by dynamo; equals torch at 3 sizes" in said
     assert f"{report.int8_nodes} nodes int8, {report.float_nodes} float" in said
-    assert "4 batches calibrated (minmax), 3 held out" in said
+    assert f"4 batches calibrated ({report.ranges_by}), 3 held out" in said
     assert f"SNR {report.drift.outputs[0].snr_db:.1f} dB" in said
     assert said.endswith("verdict met")
 
