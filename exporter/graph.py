@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter.batches import Array, Batch
 from runtime import session
@@ -14,6 +15,7 @@ from runtime.errors import BundleError, PacklightError
 from runtime.manifest import Tensor
 
 Shape = tuple[int, ...]
+SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
 
 
 class RunError(PacklightError):
@@ -94,6 +96,36 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
     values |= {value.name: value for value in clone.graph.inputs}
     clone.graph.outputs[:] = [values[name] for name in names]
     return clone
+
+
+def unsquashed(model: ir.Model) -> ir.Model:
+    """A clone whose outputs are what their last Softmax, LogSoftmax or Sigmoid reads, under the same names.
+
+    Probabilities of an input that a network is sure of say nothing: all the error of a batch is in the few that it is not
+    sure of. Whoever compares two versions of a model on few batches compares these.
+    """
+    clone = model.clone()
+    for position, output in enumerate(clone.graph.outputs):
+        node = squashing(output)
+        source = node.inputs[0] if node is not None else None
+        if node is None or source is None:
+            continue
+        same = ir.node("Identity", [source], name=f"{node.name}_unsquashed")
+        same.outputs[0].type, same.outputs[0].shape = output.type, output.shape
+        clone.graph.insert_after(node, same)
+        clone.graph.outputs[position] = same.outputs[0]
+        name, output.name = output.name, f"{output.name}_squashed"
+        same.outputs[0].name = name
+    RemoveUnusedNodesPass()(clone)
+    return clone
+
+
+def squashing(output: ir.Value) -> ir.Node | None:
+    """The Softmax, LogSoftmax or Sigmoid that makes an output, also through a rounding; None where there is none."""
+    node = output.producer()
+    while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear") and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type in SQUASHING and not node.domain else None
 
 
 def shapes(model: ir.Model, batch: Batch) -> dict[str, Shape]:

@@ -220,11 +220,11 @@ def _worst_db(signal: Array, noise: Array) -> Array:
 
 
 def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Callable[[Ranges], Errors]:
-    """A function ranges -> errors of the int8 model with these ranges against FP32."""
-    expected = list(map(graph.runner(model), batches))
+    """A function ranges -> errors of the int8 model with these ranges against FP32 (`graph.unsquashed`)."""
+    expected = list(map(graph.runner(graph.unsquashed(model)), batches))
     names = [name for name, value in expected[0].items() if value.dtype.kind == "f"] or [*expected[0]]
     signal = np.array([[_square(made[name]) for name in names] for made in expected])
-    patch = patcher(model, int8)
+    patch = patcher(model, graph.unsquashed(int8))
 
     def measure(ranges: Ranges) -> Errors:
         opened = session.open_session(patch(ranges))

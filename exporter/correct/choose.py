@@ -24,7 +24,7 @@ EVERY = 3  # of the batches one in so many is kept from what is fitted to the ot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """What one correction did to the worst output's SNR on calibration batches, and whether it was kept.
+    """What one correction did to the worst output's SNR on calibration batches (`graph.unsquashed`), and whether it was kept.
 
     They are tried one on the other: `before` is with those that were kept before it. The codes of "scale" (`rounding.fit`)
     and "gptq" come with the biases that go with them, if these help.
@@ -76,7 +76,7 @@ def improve(
     pairs = target.pairs_in_int16
     nearest = rounding.under_pair_rule(model, plan)[0] if pairs else {}
     seen, unseen = apart(batches)
-    expected = list(map(graph.runner(model), unseen))
+    expected = list(map(graph.runner(graph.unsquashed(model)), unseen))
 
     def measured(rounded: Mapping[str, Rounded], corrected: ir.Model, shifted: bool) -> _Candidate:
         int8 = quantize.to_int8(corrected, plan, ranges, rounded)
@@ -163,5 +163,5 @@ def _breaks_pair_rule(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded
 
 
 def _snr_db(int8: ir.Model, expected: Sequence[Batch], batches: Sequence[Batch]) -> float:
-    run = graph.runner(int8)
+    run = graph.runner(graph.unsquashed(int8))
     return drift.measure(zip(expected, map(run, batches), strict=True)).worst_snr_db

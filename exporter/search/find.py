@@ -1,6 +1,7 @@
 """The cheapest plan that is accurate enough: measured error against ms, layers turned float where that buys most.
 
-    gain(g)  = noise(plan) - noise(plan with g float)         noise = 10^(-SNR / 10) of the worst output, on calibration batches
+    gain(g)  = noise(plan) - noise(plan with g float)         noise = 10^(-SNR / 10) of the worst output, on calibration batches,
+                                                              what a last Softmax or Sigmoid reads in its place
     price(g) = ms(plan with g float) - ms(plan)               `costs.predict`; the cut places what stands around g anew
 
 0. Layers that make the model faster in float (`Costs.faster`) are float, unless that misses the budget.
@@ -162,7 +163,12 @@ class _Scores:
 
     def __init__(self, problem: Problem, goal: Goal) -> None:
         self.problem, self.goal = problem, goal
-        self.expected = list(map(graph.runner(problem.plans.model), problem.batches))
+        model = problem.plans.model
+        self.outputs = list(map(graph.runner(model), problem.batches))
+        self.squashed = any(graph.squashing(output) is not None for output in model.graph.outputs)
+        self.inner = (
+            list(map(graph.runner(graph.unsquashed(model)), problem.batches)) if self.squashed else self.outputs
+        )
         self.points: dict[frozenset[str], Point] = {}
         self.accepted: dict[tuple[str, ...], bool] = {}
 
@@ -181,13 +187,17 @@ class _Scores:
         if floats not in self.points:
             given, run = self.problem, self.run(floats)
             plan = given.plans.plan(floats)
-            found = drift.measure(zip(self.expected, map(run, given.batches), strict=True))
+            found = drift.measure(zip(self.outputs, map(run, given.batches), strict=True))
+            noise = found
+            if self.squashed:
+                inner = graph.runner(graph.unsquashed(given.plans.int8(floats)))
+                noise = drift.measure(zip(self.inner, map(inner, given.batches), strict=True))
             share = sum(d.macs for d in plan.decisions if d.precision == "int8") / max(
                 1, sum(d.macs for d in plan.decisions)
             )
             self.points[floats] = Point(
                 float_layers=tuple(name for name in given.plans.layers if name in floats),
-                snr_db=found.worst_snr_db,
+                snr_db=noise.worst_snr_db,
                 ms=costs.predict(given.plans.model, plan, given.costs, given.plans.shapes),
                 met=all(line.met for line in gate.limits(self.goal.budget, found, share, 0, 0)),
             )

@@ -127,3 +127,29 @@ def test_sequence_has_no_shape() -> None:
 
 def test_run_error_is_one_of_packlights() -> None:
     assert issubclass(graph.RunError, PacklightError)
+
+
+@pytest.mark.parametrize("op_type", ["Softmax", "LogSoftmax", "Sigmoid"])
+def test_unsquashed_outputs_are_what_the_last_squashing_reads(op_type: str) -> None:
+    text = f"(float[2,4] x) => (float[2,4] y, float[2,4] z) {{ [r] r = Neg(x) [s] y = {op_type}(r) [t] z = Abs(x) }}"
+    model, batch = graphs.model(text), {"x": graphs.noise(0, 2, 4)}
+    before = graph.to_bytes(model)
+    found = graph.runner(graph.unsquashed(model))(batch)
+    assert [*found] == ["y", "z"]
+    assert np.array_equal(found["y"], -batch["x"])
+    assert np.array_equal(found["z"], np.abs(batch["x"]))
+    assert graph.to_bytes(model) == before
+
+
+def test_unsquashed_looks_through_the_rounding_of_an_int8_output() -> None:
+    text = """(float[2,4] x) => (float[2,4] y) {
+        [r] r = Neg(x) [s] p = Sigmoid(r) [q] c = QuantizeLinear(p, s0, z0) [d] y = DequantizeLinear(c, s0, z0)
+    }"""
+    weights = {"s0": np.float32(1 / 255), "z0": np.uint8(0)}
+    found = graph.runner(graph.unsquashed(graphs.model(text, weights)))({"x": graphs.noise(0, 2, 4)})
+    assert np.array_equal(found["y"], -graphs.noise(0, 2, 4))
+
+
+def test_softmax_inside_the_network_stays() -> None:
+    text = "(float[2,4] x) => (float[2,4] y) { [s] p = Softmax(x) [n] y = Neg(p) }"
+    assert "Softmax" in graphs.op_types(graph.unsquashed(graphs.model(text)))
