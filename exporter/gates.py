@@ -7,7 +7,6 @@ seventh of what a table takes and rounds nothing. So HardSwish, x · HardSigmoid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -62,8 +61,10 @@ def parameters(node: ir.Node) -> tuple[float, float]:
 def widen(model: ir.Model, int8: Collection[str], ranges: Ranges) -> Ranges:
     """The ranges as `read` needs them: x reaches down to where HardSigmoid(x) is 0, and HardSigmoid(x) fills [0, 1].
 
-    Where x goes on above, its scale becomes the next larger one of which that knee is a multiple: a knee between two codes
-    would move to one, and change every value between the knees by the same share, which adds up over the layers.
+    Where x goes on above, its upper knee lies between two codes and moves to one (`on_codes`). A scale of which the knee is a
+    multiple must be a larger one, which was no better: -2.3 to +1.3 dB over five methods of ranges, -0.4 on average on PP-LCNet,
+    and where few codes lie between the knees it grows much: PP-OCR's detector fell from
+    12.4 to 6.6 dB by one scale 1.2 times as large.
 
     Args:
         model: the prepared graph.
@@ -76,11 +77,7 @@ def widen(model: ir.Model, int8: Collection[str], ranges: Ranges) -> Ranges:
             continue
         alpha, beta = parameters(node)
         x, y = (value.name or "" for value in (node.inputs[0], node.outputs[0]) if value is not None)
-        low, high = min(tensors[x].low, -beta / alpha), max(tensors[x].high, 0.0)
-        steps = math.floor(beta / alpha * 255 / (high - low))
-        if steps and high > (1 - beta) / alpha:
-            high = low + 255 * beta / alpha / steps
-        tensors[x] = replace(tensors[x], low=low, high=high)
+        tensors[x] = replace(tensors[x], low=min(tensors[x].low, -beta / alpha), high=max(tensors[x].high, 0.0))
         tensors[y] = replace(tensors[y], low=0.0, high=1.0)
     return replace(ranges, tensors=tensors)
 

@@ -141,15 +141,15 @@ def test_codes_read_as_hardsigmoid_are_as_close_to_fp32_as_codes_of_its_own(text
     assert snr_db(model, read, new) > snr_db(model, apart, new) - 1 > 27
 
 
-def test_knee_of_hardswish_is_a_code() -> None:
-    """x reaches below -3, or is widened to it, and its scale is the next larger 3/k."""
+def test_lower_knee_of_hardswish_is_code_0() -> None:
+    """x reaches down to -3, or is widened to it; its upper end stays."""
     model = graphs.model(SWISH, GATED)
     for low in (-1.0, -3.0):
         plan, ranges = graphs.planned(model, MAPS)
         ranges = replace(ranges, tensors=ranges.tensors | {"a": Range(low=low, high=20, elements=1, masked=0)})
         int8 = quantize.to_int8(model, plan, ranges)
         reader = next(n for n in int8.graph if n.op_type == "DequantizeLinear" and n.inputs[1].name == "a_scale")
-        assert graph.constant(reader.inputs[1]) == pytest.approx(3 / 33)
+        assert graph.constant(reader.inputs[1]) == pytest.approx(23 / 255)
         assert graph.constant(reader.inputs[2]) == 33
         assert [int(graph.constant(value)) for value in graphs.node(int8, "gate").inputs[1:]] == [0, 66]
 
