@@ -51,6 +51,16 @@ class Plans:
         kept = asked | {maker.name for name in asked if (maker := before.get(name)) is not None}
         self.layers = tuple(d.node for d in static.decisions if d.macs and d.precision == "int8" and d.node not in kept)
 
+        weights = {node.name: node.inputs[1] for node in model.graph if node.name in self.layers}
+        self._sharing = {
+            name: [
+                each
+                for each in self.layers
+                if each == name or (weights[each] is weights[name] and _fixed(weights[name]))
+            ]
+            for name in self.layers
+        }
+
     def plan(self, floats: frozenset[str]) -> Plan:
         if floats not in self._plans:
             self._plans[floats] = place.decide(self.model, self._target, self._rules, self.shapes, floats)
@@ -64,7 +74,15 @@ class Plans:
         return made
 
     def groups(self) -> list[frozenset[str]]:
-        """Layers one by one, by twos and by fours: neighbours that are float together need no Q/DQ between them."""
+        """Layers one by one, by twos and by fours: neighbours that are float together need no Q/DQ between them.
+
+        Layers that share a weight are float together, or the file would hold it twice.
+        """
         unit = max(1, math.ceil(len(self.layers) / MOST_UNITS))
         sizes = [size for size in (unit, 2 * unit, 4 * unit) if size <= len(self.layers)]
-        return [frozenset(self.layers[at : at + size]) for size in sizes for at in range(0, len(self.layers), size)]
+        chunks = [self.layers[at : at + size] for size in sizes for at in range(0, len(self.layers), size)]
+        return list(dict.fromkeys(frozenset(one for name in chunk for one in self._sharing[name]) for chunk in chunks))
+
+
+def _fixed(weight: ir.Value | None) -> bool:
+    return weight is not None and weight.is_initializer()

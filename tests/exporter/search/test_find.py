@@ -213,3 +213,15 @@ def test_plan_that_the_caller_refuses_is_not_what_is_left_when_the_timed_ones_ar
     found = search(slow, replace(NO_LIMIT, aim_snr_db=-100.0, accepts=refuses_static), Silent())
     assert found.chosen.float_layers != ()
     assert found.chosen.timed
+
+
+def test_layers_that_share_a_weight_are_float_together() -> None:
+    text = "(float[1,16] x) => (float[1,16] y) { [a] p = MatMul(x, w) [n] q = Tanh(p) [b] r = MatMul(q, w) [c] y = MatMul(r, v) }"
+    weights = {"w": graphs.noise(1, 16, 16), "v": graphs.noise(2, 16, 16)}
+    model, batch = graphs.model(text, weights), {"x": graphs.noise(0, 1, 16)}
+    plan, ranges = graphs.planned(model, batch)
+    shapes = graph.shapes(model, batch)
+    plans = Plans(model, plan, quantize.to_int8(model, plan, ranges), lambda _: model, X86_VNNI, (), shapes)
+    assert plans.layers == ("a", "b", "c")
+    assert plans.groups() == [frozenset("ab"), frozenset("c"), frozenset("abc")][: len(plans.groups())]
+    assert frozenset("a") not in plans.groups()
