@@ -192,10 +192,9 @@ def test_export_that_misses_a_limit_of_a_flag_is_1(tmp_path: Path, capsys: Captu
     [
         (["--max-size", "6 apples"], "size: found '6 apples', expected a number above 0 with B, KB, MB"),
         (["--target", "arm"], "no such recipe: found 'arm'"),
-        (
-            ["--recipe", "{recipe}", "--max-size", "6MB"],
-            "budget max_size_bytes: found one in the recipe and one beside",
-        ),
+        (["--budget", "snrr>=25dB"], "found 'snrr', expected one of snr"),
+        (["--budget", "top1 drop<=0.5%"], "budget top1 drop<=0.5%: found no evaluate()"),
+        (["--costs", "{recipe}"], "expected a cost table"),
     ],
 )
 def test_limit_that_cannot_be_held_is_refused_before_any_work(

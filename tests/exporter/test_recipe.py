@@ -56,7 +56,7 @@ def test_presets_differ_in_name_target_and_comments_only() -> None:
             f'name   = "{name}"',
             f'target = "{name}"',
             "[calibrate]",
-            'method = "minmax"',
+            'method = "best"',
             "[budget]",
             "min_snr_db = 10.0",
         ]
