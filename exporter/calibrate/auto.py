@@ -268,7 +268,7 @@ def patcher(model: ir.Model, int8: ir.Model) -> Callable[[Ranges], bytes]:
                 steps = _array(source) * _array(weight)
                 _set(scale, steps.reshape(_array(scale).shape).astype(np.float32))
                 steps = np.maximum(_array(scale), np.finfo(np.float32).tiny)  # a dead channel's product of scales is 0
-                _set(codes, np.rint(bias / steps).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32))
+                _set(codes, np.rint(bias.astype(np.float64) / steps).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32))
         return bytes(proto.SerializeToString(deterministic=True))
 
     return patch
