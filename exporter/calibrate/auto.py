@@ -227,7 +227,7 @@ def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Call
     patch = patcher(model, graph.unsquashed(with_real_weights(model, int8)))
 
     def measure(ranges: Ranges) -> Errors:
-        opened = session.open_session(patch(ranges))
+        opened = session.open_session(patch(ranges), entries=graph.AS_WRITTEN)
         wanted = [value.name for value in opened.get_inputs()]
         noise = np.zeros_like(signal)
         for row, (batch, real) in enumerate(zip(batches, expected, strict=True)):
