@@ -45,6 +45,8 @@ EXACT = frozenset(
         "Shape",
         "Cast",
         "Expand",
+        "Clip",
+        "Mul",  # one rounding, as IEEE 754 says it
     }
 )
 # These add a float bias behind their integer product, in one instruction or two
