@@ -20,6 +20,8 @@ from exporter.progress import Progress
 from exporter.recipe import Calibrate
 from exporter.target import Target
 
+JUDGES = 32  # batches that tell which single method is best; "auto" makes finer choices, on all that are kept
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
@@ -77,7 +79,10 @@ def collect(
     given = auto.candidates(model, found, asked.percentile)
     rounded = rounding.under_pair_rule(model, plan)[0] if target.pairs_in_int16 else quantize.NOTHING_ROUNDED
     int8 = quantize.to_int8(model, plan, given["minmax"], rounded, gates_on_codes=False)
-    chosen = auto.choose(model, int8, given, kept, auto.EVALUATIONS if asked.method == "auto" else len(given))
+    if asked.method == "auto":
+        chosen = auto.choose(model, int8, given, kept)
+    else:
+        chosen = auto.choose(model, int8, given, kept[:JUDGES], evaluations=len(given))
     ranges = chosen.ranges if chosen.changed else given[chosen.best]
     return _collected(found, ranges, _notes(model, chosen))
 
