@@ -100,14 +100,12 @@ def parse(texts: Iterable[str]) -> tuple[dict[str, float], tuple[Drop, ...]]:
     return limits, tuple(drops)
 
 
-def acceptable(drops: Sequence[Drop], evaluate: Evaluate | None, fp32: Run) -> Accepts | None:
-    """Whether a model's metrics drop no further below FP32's than allowed; None where nothing limits them.
+def acceptable(drops: Sequence[Drop], evaluate: Evaluate, fp32: Run) -> Accepts:
+    """Whether a model's metrics drop no further below FP32's than allowed.
 
     Raises:
         RecipeError: a metric that evaluate() does not return.
     """
-    if not drops or evaluate is None:
-        return None
     reference = evaluate(fp32)
     for drop in drops:
         if drop.metric not in reference:

@@ -14,11 +14,10 @@ from exporter.calibrate.auto import Chosen
 from exporter.calibrate.enough import Enough, Watch
 from exporter.calibrate.memory import Memory
 from exporter.cluster import Cluster
-from exporter.correct import bias, rounding
+from exporter.correct import bias
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.recipe import Calibrate
-from exporter.target import Target
 
 JUDGES = 32  # batches that tell which single method is best; "auto" makes finer choices, on all that are kept
 
@@ -44,7 +43,6 @@ def collect(
     model: ir.Model,
     plan: Plan,
     asked: Calibrate,
-    target: Target,
     batches: Iterable[Batch],
     kept: Sequence[Batch],
     tell: Progress,
@@ -56,7 +54,6 @@ def collect(
         model: the prepared graph.
         plan: says which tensors need ranges.
         asked: the recipe's [calibrate].
-        target: whether weights must keep the pair rule, for "best" and "auto", which try ranges on the int8 model.
         batches: read once.
         kept: some of them, filled while they are read (`batches.Split.kept`); "best" and "auto" compare outputs on these.
         tell: told what is being done.
@@ -71,24 +68,19 @@ def collect(
     found = _observe(model, plan, asked, batches, tell, there)
     if by_onnxruntime:
         ranges = quantize.ranges_by_onnxruntime(model, plan.tensors, batches, asked.method, asked.percentile)
-        return _collected(found, calibrate.distinguish(model, ranges), {})
+        return Collected(ranges=calibrate.distinguish(model, ranges), notes={}, statistics=found)
     if asked.method not in ("best", "auto"):
         ranges = methods.ranges(found, asked.method, asked.percentile)
-        return _collected(found, calibrate.distinguish(model, ranges), {})
+        return Collected(ranges=calibrate.distinguish(model, ranges), notes={}, statistics=found)
     tell.stage("choose the method of the ranges by its effect on the outputs")
     given = auto.candidates(model, found, asked.percentile)
-    rounded = rounding.under_pair_rule(model, plan)[0] if target.pairs_in_int16 else quantize.NOTHING_ROUNDED
-    int8 = quantize.to_int8(model, plan, given["minmax"], rounded, gates_on_codes=False)
+    int8 = quantize.to_int8(model, plan, given["minmax"], gates_on_codes=False)
     if asked.method == "auto":
         chosen = auto.choose(model, int8, given, kept)
     else:
         chosen = auto.choose(model, int8, given, kept[:JUDGES], evaluations=len(given))
     ranges = chosen.ranges if chosen.changed else given[chosen.best]
-    return _collected(found, ranges, _notes(model, chosen))
-
-
-def _collected(found: Statistics, ranges: Ranges, notes: Mapping[str, str]) -> Collected:
-    return Collected(ranges=ranges, notes=notes, statistics=found)
+    return Collected(ranges=ranges, notes=_notes(model, chosen), statistics=found)
 
 
 def watch(model: ir.Model, plan: Plan) -> Watch:

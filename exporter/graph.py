@@ -176,6 +176,17 @@ def is_depthwise(weight: Shape, groups: int) -> bool:
     return weight[:2] == (groups, 1)
 
 
+def is_square(node: ir.Node) -> bool:
+    """Whether a Conv or ConvTranspose over two axes has one stride for both, one group, no dilation, and says its pads."""
+    strides = node.attributes.get_ints("strides", [1, 1])
+    return (
+        strides[0] == strides[1]
+        and node.attributes.get_int("group", 1) == 1
+        and set(node.attributes.get_ints("dilations", [1, 1])) == {1}
+        and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+    )
+
+
 def consumers(value: ir.Value) -> tuple[ir.Node, ...]:
     return tuple(dict.fromkeys(usage.node for usage in value.uses()))
 

@@ -112,13 +112,15 @@ def _export(
 
     samples = partial(batches.samples, tensors=inputs)
     seen = tell.each(split.calibration(), "calibrate", split.total, samples)
-    found = collect.collect(prepared.model, plan, recipe.calibrate, cpu, seen, split.kept, tell, there)
+    found = collect.collect(prepared.model, plan, recipe.calibrate, seen, split.kept, tell, there)
 
     tell.stage("quantize, and keep the corrections that help")
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
 
     few = split.kept[:COMPARED]
-    accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
+    accepts = None
+    if drops and evaluate is not None:
+        accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
     better = search.improve(
         prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts, caps, tell
     )

@@ -18,10 +18,9 @@ from pathlib import Path
 from exporter.batches import Batch
 from exporter.calibrate import cache, statistics
 from exporter.calibrate.cache import Note
-from exporter.calibrate.fold import cut, fold
-from exporter.calibrate.observe import CHUNK, ObserveChunk
+from exporter.calibrate.fold import cut
+from exporter.calibrate.observe import CHUNK, ObserveChunk, whole
 from exporter.calibrate.statistics import Statistics
-from exporter.errors import CalibrationError
 
 MOST = 64  # chunks, a power of two: where data have changed, so many may have to run again
 MOST_BYTES = 128 << 20
@@ -67,19 +66,6 @@ def part(chunks: Sequence[Chunk], found: Statistics) -> Part:
 def cut_chunks(batches: Iterable[Batch], start: int = 0) -> Iterator[Chunk]:
     """Batches in chunks without keys; `start` is the number of the first."""
     return (Chunk(batches=chunk, start=start + at) for at, chunk in cut(batches, CHUNK))
-
-
-def whole(parts: Iterable[Statistics]) -> Statistics:
-    """The statistics of all batches, from those of parts, in order.
-
-    Raises:
-        CalibrationError: no batches, or a tensor that held no value in any.
-    """
-    found = fold(parts, statistics.merge, lambda each: -(-each.batches // CHUNK))
-    if found is None:
-        raise CalibrationError("calibration: no batches", found="an empty iterable", expected="at least one batch")
-    statistics.require_seen(found)
-    return found
 
 
 class Memory:

@@ -13,11 +13,10 @@ What is looked at (`representatives`):
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ import onnxruntime as ort
 from exporter import graph
 from exporter.batches import Array, Batch
 from exporter.calibrate import statistics
-from exporter.calibrate.fold import fold
+from exporter.calibrate.fold import cut, fold
 from exporter.calibrate.histogram import Counter
 from exporter.calibrate.statistics import ChannelStatistics, Statistics, TensorStatistics
 from exporter.errors import CalibrationError
@@ -88,21 +87,20 @@ def observe(
 
 def gather(look: ObserveChunk, batches: Iterable[Batch]) -> Statistics:
     """The statistics of all batches, by a function that makes those of a chunk; raises as `observe`."""
-    whole = fold((look(chunk, first) for first, chunk in chunks(batches)), statistics.merge)
-    if whole is None:
+    return whole(look(chunk, first) for first, chunk in cut(batches, CHUNK))
+
+
+def whole(parts: Iterable[Statistics]) -> Statistics:
+    """The statistics of all batches, from those of parts, in order.
+
+    Raises:
+        CalibrationError: no batches, or a tensor that held no value in any.
+    """
+    found = fold(parts, statistics.merge, lambda each: -(-each.batches // CHUNK))
+    if found is None:
         raise CalibrationError("calibration: no batches", found="an empty iterable", expected="at least one batch")
-    statistics.require_seen(whole)
-    return whole
-
-
-def chunks(batches: Iterable[Batch]) -> Iterator[tuple[int, list[Batch]]]:
-    """(number of its first batch, batches of the chunk): 0 to CHUNK - 1, CHUNK to 2 CHUNK - 1, and so on."""
-    stream = iter(batches)
-    for first in itertools.count(0, CHUNK):
-        chunk = list(itertools.islice(stream, CHUNK))
-        if not chunk:
-            return
-        yield first, chunk
+    statistics.require_seen(found)
+    return found
 
 
 def observer(

@@ -13,7 +13,7 @@ from exporter.batches import Batch
 from exporter.calibrate import memory as memories
 from exporter.calibrate import statistics
 from exporter.calibrate.memory import Memory, Part
-from exporter.calibrate.observe import ObserveChunk, observer
+from exporter.calibrate.observe import ObserveChunk, observer, whole
 from exporter.calibrate.statistics import Statistics
 from exporter.cluster.connection import Cluster
 from exporter.cluster.tasks import grouped
@@ -56,7 +56,7 @@ def observe(
         for found, chunks in grouped(cluster, asked, _observer, statistics.merge, kept.known(batches)):
             yield found if isinstance(found, Part) else memories.part(chunks, found)
 
-    return memories.whole(kept.keep(parts()))
+    return whole(kept.keep(parts()))
 
 
 def _observer(asked: _Asked) -> ObserveChunk:

@@ -64,9 +64,10 @@ def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, Rounded],
 
 def at_best_scale(model: ir.Model, plan: Plan, *, pair_rule: bool) -> dict[str, Rounded]:
     """{weight initializer: its codes} of every int8 layer, by `fit`; with pair_rule those whose kernel pairs keep it."""
-    paired = paired_layers(model, plan) if pair_rule else []
-    all_layers = [(node, weight) for node, _, weight in layers.weighted(model, plan)]
-    return _fitted(all_layers, False) | _fitted(paired, True)
+    kept = _fitted(paired_layers(model, plan) if pair_rule else [], True)
+    every = [(node, weight) for node, _, weight in layers.weighted(model, plan)]
+    found = kept | _fitted([(node, weight) for node, weight in every if weight.name not in kept], False)
+    return {name: found[name] for name in dict.fromkeys(weight.name or "" for _, weight in every)}
 
 
 def _fitted(given: Iterable[tuple[ir.Node, ir.Value]], pair_rule: bool) -> dict[str, Rounded]:

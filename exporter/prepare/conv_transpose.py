@@ -33,7 +33,7 @@ def rewrite(model: ir.Model) -> int:
 
 def _to_subpixel(model: ir.Model, node: ir.Node) -> bool:
     weight = graph.constant(node.inputs[1]) if node.op_type == "ConvTranspose" else None
-    if weight is None or weight.ndim != 4 or not _is_plain(node):
+    if weight is None or weight.ndim != 4 or not graph.is_square(node) or "output_shape" in node.attributes:
         return False
     bias = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is None and len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -69,17 +69,6 @@ def _to_subpixel(model: ir.Model, node: ir.Node) -> bool:
         each.outputs[0].type = node.outputs[0].type
     edit.replace(model, [node], new, node.outputs[0], new[-1].outputs[0])
     return True
-
-
-def _is_plain(node: ir.Node) -> bool:
-    strides = node.attributes.get_ints("strides", [1, 1])
-    return (
-        strides[0] == strides[1]
-        and node.attributes.get_int("group", 1) == 1
-        and set(node.attributes.get_ints("dilations", [1, 1])) == {1}
-        and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-        and "output_shape" not in node.attributes
-    )
 
 
 def _phases(weight: Array, stride: int, taps: Sequence[int]) -> Array:

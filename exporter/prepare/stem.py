@@ -51,7 +51,7 @@ def _to_blocks(model: ir.Model, node: ir.Node) -> bool:
     weight = graph.constant(w)
     if x is None or w is None or weight is None or weight.ndim != 4 or weight.dtype != np.float32:
         return False
-    if not x.is_graph_input() or not _is_plain(node):
+    if not x.is_graph_input() or not graph.is_square(node):
         return False
     stride = node.attributes.get_ints("strides", [1, 1])[0]
     sizes = [] if x.shape is None else [size for size in x.shape[2:] if isinstance(size, int) and size % stride == 0]
@@ -73,16 +73,6 @@ def _to_blocks(model: ir.Model, node: ir.Node) -> bool:
     for name, values in (("kernel_shape", blocks.shape[2:]), ("strides", (1, 1)), ("pads", (*begin, *end))):
         node.attributes.add(ir.AttrInt64s(name, [int(value) for value in values]))
     return True
-
-
-def _is_plain(node: ir.Node) -> bool:
-    strides = node.attributes.get_ints("strides", [1, 1])
-    return (
-        strides[0] == strides[1]
-        and node.attributes.get_int("group", 1) == 1
-        and set(node.attributes.get_ints("dilations", [1, 1])) == {1}
-        and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-    )
 
 
 def _blocks(weight: Array, stride: int, begin: Sequence[int]) -> Array:

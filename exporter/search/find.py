@@ -32,7 +32,7 @@ import onnx_ir as ir
 
 from exporter import graph
 from exporter.batches import Batch
-from exporter.budget import Accepts, Run
+from exporter.budget import Accepts
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.search import costs
@@ -172,9 +172,6 @@ class _Scores:
         self.points: dict[frozenset[str], Point] = {}
         self.accepted: dict[tuple[str, ...], bool] = {}
 
-    def run(self, floats: frozenset[str]) -> Run:
-        return graph.runner(self.problem.plans.int8(floats))
-
     def timed(self, point: Point, first: Point) -> Point:
         """The point with the time of its whole model, in the ms of the static plan."""
         floats = frozenset(point.float_layers)
@@ -185,12 +182,12 @@ class _Scores:
 
     def of(self, floats: frozenset[str]) -> Point:
         if floats not in self.points:
-            given, run = self.problem, self.run(floats)
-            plan = given.plans.plan(floats)
-            found = drift.measure(zip(self.outputs, map(run, given.batches), strict=True))
+            given = self.problem
+            plan, int8 = given.plans.plan(floats), given.plans.int8(floats)
+            found = drift.measure(zip(self.outputs, map(graph.runner(int8), given.batches), strict=True))
             noise = found
             if self.squashed:
-                inner = graph.runner(graph.unsquashed(given.plans.int8(floats)))
+                inner = graph.runner(graph.unsquashed(int8))
                 noise = drift.measure(zip(self.inner, map(inner, given.batches), strict=True))
             share = sum(d.macs for d in plan.decisions if d.precision == "int8") / max(
                 1, sum(d.macs for d in plan.decisions)
@@ -208,7 +205,8 @@ class _Scores:
         if not point.met or self.goal.accepts is None:
             return point.met
         if point.float_layers not in self.accepted:
-            self.accepted[point.float_layers] = self.goal.accepts(self.run(frozenset(point.float_layers)))
+            int8 = self.problem.plans.int8(frozenset(point.float_layers))
+            self.accepted[point.float_layers] = self.goal.accepts(graph.runner(int8))
         return self.accepted[point.float_layers]
 
     def reached(self, point: Point) -> bool:

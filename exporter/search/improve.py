@@ -20,6 +20,7 @@ from exporter.budget import MARGIN_DB, Accepts
 from exporter.calibrate import Ranges, cache
 from exporter.correct import Corrected
 from exporter.errors import RecipeError
+from exporter.gates import GATE
 from exporter.graph import Shape
 from exporter.place import Plan
 from exporter.progress import Progress
@@ -86,7 +87,9 @@ def improve(
     Raises:
         RecipeError: the cost table cannot be read, or is of another graph.
     """
-    plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
+    plain = corrected.int8
+    if any(each.op_type == GATE and each.precision == "int8" for each in plan.decisions):
+        plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
     source = partial(correct.source, model, means=means, corrected=corrected)
     plans = Plans(model, plan, plain, source, target, recipe.rules, shapes)
     place = _place(model, plan, batches[0])
