@@ -124,8 +124,8 @@ def _export(
     better = search.improve(
         prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts, caps, tell
     )
-    int8 = set(better.plan.int8)
-    paired = {each.node: str(each) for each in corrected.paired if each.node in int8}
+    integer = {*better.plan.int8, *better.plan.dynamic}
+    paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
     plan = better.plan.noted(found.notes).noted(paired)
 
     left = {*place.ruled(prepared.model, recipe.rules, "float"), *better.found.chosen.float_layers}

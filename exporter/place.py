@@ -1,10 +1,11 @@
-"""Graph + rules + Target -> Plan: each node int8 or float, and why.
+"""Graph + rules + Target -> Plan: each node int8, dynamic or float, and why.
 
 Layers (Conv, Gemm, MatMul) hold the MACs and are int8 wherever an integer kernel exists that is no slower; where integer
 kernels save on some layers only (target.layer), those are placed by cost like the rest. Around the layers placement is the
 cheapest plan under the target's measured costs. It is a minimum cut: every node stands on the int8 or the float side, a node
 pays for its kernel on its side, and a tensor that crosses pays for a QuantizeLinear or a DequantizeLinear, once however many
-nodes read it. So an Add between two int8 Conv is int8, and the same Add before a LayerNormalization is not.
+nodes read it. So an Add between two int8 Conv is int8, and the same Add before a LayerNormalization is not. Dynamic layers
+(exporter/dynamic.py) are those that a rule or the search names; they read and write real numbers: the float side.
 
 Rounding costs accuracy, which has no nanoseconds: an int8 kernel that rounds where float would not pays for one more
 QuantizeLinear. MatMul and Gemm count as makers of real numbers: their integer kernels can write float.
@@ -31,7 +32,7 @@ from exporter.graph import Shape
 from exporter.recipe import Rule
 from exporter.target import NO_KERNEL, Cost, Target
 
-Precision = Literal["int8", "float"]
+Precision = Literal["int8", "dynamic", "float"]
 # Layers whose integer kernel writes float as well as codes: their output needs no DequantizeLinear of its own
 FLOAT_OUTPUT = ("MatMul", "Gemm")
 REMOVABLE = ("Relu", "Clip")
@@ -65,6 +66,10 @@ class Plan:
         return tuple(decision.node for decision in self.decisions if decision.precision == "int8")
 
     @property
+    def dynamic(self) -> tuple[str, ...]:
+        return tuple(decision.node for decision in self.decisions if decision.precision == "dynamic")
+
+    @property
     def float_layers(self) -> tuple[Decision, ...]:
         """Nodes with MACs that stay float: each has its reason."""
         return tuple(decision for decision in self.decisions if decision.precision == "float" and decision.macs)
@@ -89,6 +94,7 @@ def decide(
     rules: Sequence[Rule],
     shapes: Mapping[str, Shape],
     floats: Collection[str] = (),
+    dynamic: Collection[str] = (),
 ) -> Plan:
     """Place every node of the prepared graph.
 
@@ -98,17 +104,20 @@ def decide(
         rules: first match wins, by node name or op_type (`*` and `?` match any text).
         shapes: the shape of every tensor on one real batch (`graph.shapes`): sizes decide what a crossing costs.
         floats: names of nodes that are float whatever they cost, as a search asks; no pattern, and before the rules.
+        dynamic: names of layers that are dynamic, in the same way, where they are not among `floats`.
 
     Raises:
-        RecipeError: a rule that matches no node, or asks for int8 where there is no integer kernel.
+        RecipeError: a rule that matches no node, or asks for int8 or dynamic where there is no such kernel.
     """
     nodes = list(model.graph)
     ruled = _match(rules, nodes)
-    ruled |= {
-        node: Rule(match=node.name, precision="float", why="search")
-        for node in nodes
-        if node.name and node.name in floats
-    }
+    asked: tuple[tuple[Precision, Collection[str]], ...] = (("dynamic", dynamic), ("float", floats))
+    for precision, names in asked:
+        ruled |= {
+            node: Rule(match=node.name, precision=precision, why="search")
+            for node in nodes
+            if node.name and node.name in names
+        }
     refused = {node: _refusal(node, target) for node in nodes}
     for node, rule in ruled.items():
         if rule.precision == "int8" and refused[node]:
@@ -118,12 +127,19 @@ def decide(
                 expected="a node with an integer kernel",
                 where="rules",
             )
+        if rule.precision == "dynamic" and (why := not_dynamic(node, target)):
+            raise RecipeError(
+                f"rule {rule.match!r} asks for dynamic",
+                found=f"{node.op_type} {node.name}: {why}",
+                expected="a layer that dynamic int8 can run",
+                where="rules",
+            )
     chosen = _cut(nodes, target, ruled, refused, shapes)
     decisions = tuple(
         Decision(
             node=node.name or "",
             op_type=node.op_type,
-            precision="int8" if node in chosen else "float",
+            precision=_precision(node, chosen, ruled),
             reason=_reason(node, node in chosen, ruled.get(node), refused[node], target),
             macs=graph.macs(node, shapes),
         )
@@ -140,9 +156,27 @@ def decide(
 
 
 def ruled(model: ir.Model, rules: Sequence[Rule], precision: Precision) -> frozenset[str]:
-    """Names of the nodes that a rule calls int8, or float."""
+    """Names of the nodes that a rule calls int8, dynamic or float."""
     matched = _match(rules, list(model.graph))
     return frozenset(node.name or "" for node, rule in matched.items() if rule.precision == precision)
+
+
+def not_dynamic(node: ir.Node, target: Target) -> str:
+    """Why a node cannot be dynamic on the target; empty when it can."""
+    if node.domain or node.op_type not in target.dynamic:
+        menu = f"for {' and '.join(target.dynamic)} only" if target.dynamic else "not on its menu"
+        return f"dynamic int8 is {menu} on {target.name}"
+    refused = _refusal(node, target)
+    weight = graph.constant(node.inputs[1]) if not refused else None
+    if refused or (weight is not None and weight.ndim == 2 and weight.dtype == np.float32):
+        return refused
+    return "dynamic int8 multiplies by a constant matrix"
+
+
+def _precision(node: ir.Node, chosen: Collection[ir.Node], ruled: Mapping[ir.Node, Rule]) -> Precision:
+    if node in chosen:
+        return "int8"
+    return "dynamic" if node in ruled and ruled[node].precision == "dynamic" else "float"
 
 
 def _match(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Rule]:
@@ -304,7 +338,7 @@ def _cut(
         always = node.op_type in target.layers and target.layer is None
         by_default = "float" if _slow(node, target) else "int8" if always else ""
         side = "float" if refused[node] else rule.precision if rule is not None else by_default
-        if side == "float":
+        if side in ("float", "dynamic"):
             network.add_edge(node, "float")  # without a capacity: never cut
         elif side == "int8":
             network.add_edge("int8", node)

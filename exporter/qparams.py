@@ -10,6 +10,9 @@ from exporter.batches import Array
 
 # vpmaddubsw adds two u8·s8 products in int16: two codes of one sign may sum to this, for 255 · 128 < 2¹⁵ <= 255 · 129
 PAIR_LIMIT = 128
+LARGEST = 127
+# weights smaller than this are zero: their scale would not be a normal float32
+NOTHING = 1e-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,15 @@ class Rounded:
     codes: Array
     scale: Array
     channel_axis: int
+
+
+def nearest(weight: Array, channel_axis: int) -> Rounded:
+    """code = rint(w / scale), scale = max|w| / 127 per channel; 1 for a channel of nothing. float32 [...]."""
+    others = tuple(axis for axis in range(weight.ndim) if axis != channel_axis)
+    largest = np.abs(weight).max(axis=others, keepdims=True)
+    scale = np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
+    codes = np.clip(np.rint(weight / scale), -LARGEST, LARGEST).astype(np.int8)
+    return Rounded(codes=codes, scale=scale.reshape(-1), channel_axis=channel_axis)
 
 
 def dequantize(rounded: Rounded) -> Array:

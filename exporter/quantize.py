@@ -26,7 +26,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-from exporter import gates, graph
+from exporter import dynamic, gates, graph
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
 from exporter.errors import CalibrationError, QuantizeError
@@ -58,6 +58,8 @@ def to_int8(
 ) -> ir.Model:
     """Quantize the nodes that the plan calls int8: activations uint8 per tensor, weights int8 symmetric per channel.
 
+    Layers that it calls dynamic have such weights, and take the range of their activation as they run (`dynamic.lay`).
+
     Args:
         model: the prepared graph, which is not changed.
         plan: from `place.decide` on this graph.
@@ -66,20 +68,24 @@ def to_int8(
         gates_on_codes: see `gates.read`; without it every int8 node stands between Q/DQ pairs, whose scales may still change.
 
     Raises:
-        QuantizeError: the plan has no int8 node, ONNX Runtime refused, the result does not follow the plan, a scale
-            that float32 cannot hold, a bias that int32 cannot.
+        QuantizeError: the plan has neither an int8 node nor a dynamic layer, ONNX Runtime refused, the result does not follow
+            the plan, a scale that float32 cannot hold, a bias that int32 cannot.
     """
-    if not plan.int8:
+    if not plan.int8 and not plan.dynamic:
         layers = ", ".join(sorted({decision.op_type for decision in plan.float_layers})) or "none"
         raise QuantizeError(
             "nothing to quantize", found=f"layers {layers}, all float: {_first_reason(plan)}", expected="an int8 node"
         )
-    quantized = _rewrite(_own_weights(model, plan), plan, gates.widen(model, plan.int8, ranges), rounded)
-    _read_real_values(quantized, model, plan)
-    _check_plan(quantized, model, plan)
-    if gates_on_codes:
-        gates.read(quantized, plan.int8)
-    _check_numbers(quantized, model)
+    quantized = model.clone()
+    if plan.int8:
+        static = {name: weight for name, weight in rounded.items() if name in _read_by(model, plan.int8)}
+        quantized = _rewrite(_own_weights(model, plan), plan, gates.widen(model, plan.int8, ranges), static)
+        _read_real_values(quantized, model, plan)
+        _check_plan(quantized, model, plan)
+        if gates_on_codes:
+            gates.read(quantized, plan.int8)
+        _check_numbers(quantized, model)
+    dynamic.lay(quantized, model, plan.dynamic, rounded)
     return quantized
 
 
@@ -177,12 +183,18 @@ def weights(quantized: ir.Model) -> dict[str, Rounded]:
         axis = node.attributes.get_int("axis", 1) if scale.ndim else 0
         channels = np.broadcast_to(scale, codes.shape[axis] if scale.ndim else codes.shape[0])
         found[_tensor(node)] = Rounded(codes=codes, scale=channels, channel_axis=axis)
-    return found
+    return dynamic.weights(quantized) | found
 
 
 def _tensor(dequantize: ir.Node) -> str:
     """The name, in the prepared graph, of the initializer behind a DequantizeLinear; ORT adds a suffix to it."""
     return (dequantize.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
+
+
+def _read_by(model: ir.Model, names: Sequence[str]) -> set[str | None]:
+    """What the named nodes read."""
+    nodes = set(names)
+    return {value.name for node in model.graph if node.name in nodes for value in node.inputs if value is not None}
 
 
 def _first_reason(plan: Plan) -> str:
@@ -311,7 +323,7 @@ def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
     1. Every node of the prepared graph is there; a Relu or Clip that is int8 may have folded into the QuantizeLinear.
     2. Each real tensor that an int8 node reads comes from a DequantizeLinear.
     3. Each real tensor that it makes goes to a QuantizeLinear alone; MatMul and Gemm may make real numbers.
-    4. A float node reads no rounded weight.
+    4. A float node reads no rounded weight, and a dynamic layer, which is float as yet, none either.
     """
     prepared = {node.name: node for node in model.graph}
     found = {node.name: node for node in quantized.graph if node.op_type not in OWN}
@@ -322,9 +334,9 @@ def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
             raise _astray(before, "it is gone from the int8 graph")
         if node is None or removable:
             continue
-        if decision.precision == "float":
+        if decision.precision != "int8":
             if any(_is_rounded_weight(value) for value in node.inputs):
-                raise _astray(before, "it is planned float and reads a rounded weight")
+                raise _astray(before, f"it is planned {decision.precision} and reads a rounded weight")
             continue
         for was, now in zip(before.inputs, node.inputs, strict=True):
             if _is_data(before, was) and (now is None or _producer_type(now) != DEQUANTIZE):

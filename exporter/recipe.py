@@ -45,7 +45,7 @@ class Rule(_Table):
     """`match` a node name or an op_type (`*`, `?`); first match wins; `why` is copied into the plan."""
 
     match: str = Field(min_length=1)
-    precision: Literal["float", "int8"]
+    precision: Literal["float", "int8", "dynamic"]
     why: str = Field(min_length=1)
 
 

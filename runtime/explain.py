@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 PLAN = "plan.txt"
 HEADER = "# node | op_type | precision | reason"
-# What ONNX Runtime 1.31 puts around a node's name when it fuses or moves it.
-ADDED = re.compile(r"^(fused )+|(_token_\d+|_nchwc|_quant|/\w*Fusion/?)+$")
+# What ONNX Runtime 1.31 puts around a node's name when it fuses or moves it, and what stands behind a dynamic layer's for
+# the nodes that it is made of.
+ADDED = re.compile(r"^(fused )+|(_token_\d+|_nchwc|_quant|/\w*Fusion/?|_dynamic_(codes|cast|scale|real|bias))+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ STAGES = (
     "cluster",
     "gates",
     "place",
+    "dynamic",
     "quantize",
     "correct",
     "search",

@@ -120,15 +120,20 @@ def under(
     corrected: Corrected,
     gates_on_codes: bool = True,
 ) -> ir.Model:
-    """The int8 graph of a plan with fewer int8 nodes than the corrected one, with the corrections that were kept."""
-    int8 = set(plan.int8)
+    """The int8 graph of a plan with fewer int8 nodes than the corrected one, with the corrections that were kept.
+
+    Dynamic layers have the codes that they had in the corrected graph, whichever way these were rounded.
+    """
+    int8, dynamic = set(plan.int8), set(plan.dynamic)
     read = {value.name for node in model.graph if node.name in int8 for value in node.inputs if value is not None}
+    by_hand = {node.inputs[1].name for node in model.graph if node.name in dynamic and node.inputs[1] is not None}
     rounded = {name: weight for name, weight in corrected.rounded.items() if name in read}
+    rounded |= {name: weight for name, weight in quantize.weights(corrected.int8).items() if name in by_hand}
     return quantize.to_int8(source(model, plan, means, corrected), plan, ranges, rounded, gates_on_codes)
 
 
 def source(model: ir.Model, plan: Plan, means: Mapping[tuple[str, int], Array], corrected: Corrected) -> ir.Model:
-    """The prepared graph with the biases that go with the corrected weights, of the layers that the plan calls int8."""
+    """The prepared graph with the biases that go with the corrected weights, of the layers that the plan has in integers."""
     return bias.correct(model, plan, means, quantize.weights(corrected.int8)) if corrected.shifted else model
 
 

@@ -35,7 +35,7 @@ from exporter import graph
 from exporter.batches import Array, Batch
 from exporter.correct import bias, layers, rounding
 from exporter.place import Plan
-from exporter.qparams import PAIR_LIMIT, Rounded
+from exporter.qparams import LARGEST, PAIR_LIMIT, Rounded
 
 POSITIONS = 8192  # inputs of a layer that make its H; or PER_COLUMN times K, if that is more
 PER_COLUMN = 6
@@ -132,7 +132,7 @@ def _nearest_plane(weight: Array, factor: Array, unit: Array, pair_rule: bool) -
     for first in range(0, columns, BLOCK):
         stop = min(first + BLOCK, columns)
         for j in range(first, stop):
-            low, high = _left(codes[:, j - 1]) if pair_rule and j % 2 else (-rounding.LARGEST, rounding.LARGEST)
+            low, high = _left(codes[:, j - 1]) if pair_rule and j % 2 else (-LARGEST, LARGEST)
             codes[:, j] = np.clip(np.rint(wanted[:, j] / unit), low, high)
             error = exact[:, j] - codes[:, j] * unit
             wanted[:, j + 1 : stop] += effect[:, j + 1 : stop, j, None] * error[:, None]
@@ -143,8 +143,8 @@ def _nearest_plane(weight: Array, factor: Array, unit: Array, pair_rule: bool) -
 
 def _left(neighbour: Array) -> tuple[Array, Array]:
     """The codes that may stand beside a code: lowest, highest."""
-    left = np.minimum(PAIR_LIMIT - np.abs(neighbour), rounding.LARGEST)
-    return np.where(neighbour < 0, -left, -rounding.LARGEST), np.where(neighbour > 0, left, rounding.LARGEST)
+    left = np.minimum(PAIR_LIMIT - np.abs(neighbour), LARGEST)
+    return np.where(neighbour < 0, -left, -LARGEST), np.where(neighbour > 0, left, LARGEST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -26,11 +26,8 @@ from exporter import graph
 from exporter.batches import Array
 from exporter.correct import layers
 from exporter.place import Plan
-from exporter.qparams import PAIR_LIMIT, Rounded
+from exporter.qparams import LARGEST, NOTHING, PAIR_LIMIT, Rounded
 
-LARGEST = 127
-# weights smaller than this are zero: their scale would not be a normal float32
-NOTHING = 1e-30
 # from a fifth of the largest weights clipped to 7-bit codes, under which no pair can break the rule
 SCALES = np.linspace(0.8, 2.0, 41)
 FULL_RANGE_SCALES = np.linspace(0.8, 1.1, 16)

@@ -80,7 +80,8 @@ def make(
         repeated_batches=split.repeated,
         overlapping=split.overlapping,
         int8_nodes=len(plan.int8),
-        float_nodes=len(plan.decisions) - len(plan.int8),
+        dynamic_nodes=len(plan.dynamic),
+        float_nodes=len(plan.decisions) - len(plan.int8) - len(plan.dynamic),
         float_layers=(*_planned_float(plan), *_ran_float(plan, recorded.kernels.kernels)),
         corrections=corrected.corrections,
         search=_searched(recipe, better),
@@ -199,13 +200,13 @@ def _planned_float(plan: Plan) -> Iterable[FloatLayer]:
 def _ran_float(plan: Plan, kernels: Iterable[Kernel]) -> Iterable[FloatLayer]:
     """Layers that ran in float and are not in the plan as such: against it, or in a body that it does not look into."""
     planned = {d.node for d in plan.decisions}
-    op_types = {d.node: d.op_type for d in plan.decisions if d.precision == "int8"}
+    integer = {d.node: d for d in plan.decisions if d.precision != "float"}
     bodies = any(d.op_type in ("If", "Loop", "Scan") for d in plan.decisions)
     for kernel in kernels:
         node = ADDED.sub("", kernel.node)
-        if kernel.macs and not kernel.integer and node in op_types:
-            reason = f"planned int8, but ONNX Runtime ran {kernel.kernel} in {kernel.types}"
-            yield FloatLayer(node=node, op_type=op_types[node], macs=kernel.macs, reason=reason)
+        if kernel.macs and not kernel.integer and node in integer:
+            reason = f"planned {integer[node].precision}, but ONNX Runtime ran {kernel.kernel} in {kernel.types}"
+            yield FloatLayer(node=node, op_type=integer[node].op_type, macs=kernel.macs, reason=reason)
         elif bodies and kernel.macs and not kernel.integer and node not in planned:
             reason = "inside a branch or loop body, which is not quantized"
             yield FloatLayer(node=node, op_type=kernel.kernel, macs=kernel.macs, reason=reason)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from exporter.mobile import Usability
     from exporter.report.value import Report
+    from exporter.search import Point
     from exporter.shrink import Stored
 
 WIDTH = 80
@@ -21,7 +22,7 @@ def render(report: Report) -> str:
     lines = [
         *_row("asked", f"{report.name} for {report.target} (recipe {report.recipe})"),
         *_row("traced", _traced(report)),
-        *_row("decided", f"{report.int8_nodes} nodes int8, {report.float_nodes} float"),
+        *_row("decided", _decided(report)),
         *(line for layers in _float_layers(report) for line in _row("", layers)),
         *(line for correction in _corrections(report) for line in _row("", correction)),
         *_row("search", search(report)),
@@ -64,14 +65,27 @@ def render(report: Report) -> str:
 def search(report: Report) -> str:
     """What the search did, and what stands in the way where it did not get there."""
     found = report.search
-    first, chosen, layers = found.first, found.chosen, len(found.chosen.float_layers)
+    first, chosen = found.first, found.chosen
     said = f"{found.evaluations} evaluation{'s' if found.evaluations != 1 else ''} on calibration data, costs {found.costs}"
-    if layers:
+    if chosen.float_layers or chosen.dynamic_layers:
         time = f"{100 * (chosen.ms / first.ms - 1):+.1f} % {'time' if chosen.timed else 'predicted time'}"
-        done = f"{layers} layer{'s' if layers != 1 else ''} float: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, {time}"
+        done = f"{turned(chosen)}: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, {time}"
     else:
         done = f"the static plan stays, {first.snr_db:.1f} dB"
     return "; ".join(filter(None, (done, _short(report), said)))
+
+
+def turned(point: Point) -> str:
+    """ "2 layers float, 24 dynamic": what a plan has otherwise than the static one."""
+    counts = (("float", len(point.float_layers)), ("dynamic", len(point.dynamic_layers)))
+    first, *others = [(name, count) for name, count in counts if count] or [("float", 0)]
+    layers = f"{first[1]} layer{'s' if first[1] != 1 else ''} {first[0]}"
+    return ", ".join((layers, *(f"{count} {name}" for name, count in others)))
+
+
+def _decided(report: Report) -> str:
+    dynamic = f", {report.dynamic_nodes} dynamic" if report.dynamic_nodes else ""
+    return f"{report.int8_nodes} nodes int8{dynamic}, {report.float_nodes} float"
 
 
 def _short(report: Report) -> str:

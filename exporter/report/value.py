@@ -121,6 +121,7 @@ class Report:
     repeated_batches: int
     overlapping: bool
     int8_nodes: int
+    dynamic_nodes: int
     float_nodes: int
     float_layers: tuple[FloatLayer, ...]
     corrections: tuple[Correction, ...]

@@ -1,9 +1,10 @@
-"""What each node takes in float and in int8: profiled here, or the target's table. A value that can be written and read again.
+"""What each node takes in float, int8 and dynamic int8: profiled here, or the target's table. A value that can be written and read.
 
     predicted ms of a plan = Σ over nodes of its ms at its precision + Σ over tensors of the Q or DQ where they cross
 
-Measured: one profiled run of the float graph and one of the int8 graph, node by node as they really ran, fused and with their
-layouts. A node that was fused into another has no time of its own, and its host's covers both.
+Measured: one profiled run of the float graph, one of the int8 graph and one of that with every layer dynamic that may be, node
+by node as they really ran, fused and with their layouts. A node that was fused into another has no time of its own, and its host's
+covers both. What finds the range of a dynamic layer's input counts with the layer, the first of those that read it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import onnxruntime as ort
 
 from exporter import graph, place
 from exporter.batches import Batch
+from exporter.dynamic import PRODUCT
 from exporter.errors import RecipeError
 from exporter.graph import Shape
 from exporter.place import FLOAT_OUTPUT, SHAPE_READERS, Plan
@@ -31,7 +33,7 @@ from runtime.explain import ADDED
 from runtime.kernels import Kernel, trace
 from runtime.manifest import canonical
 
-FORMAT = 1
+FORMAT = 2
 RUNS = 10
 ENOUGH_ELEMENTS = 20_000  # below it what a crossing takes is its fixed cost
 
@@ -44,10 +46,14 @@ DEPTHWISE = Cost(float_ns=0.06, int8_ns=0.055)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCost:
-    """Milliseconds of one node on one thread, in float and in int8; a node that is float in every plan has 0 for both."""
+    """Milliseconds of one node on one thread, in float, in int8 and as a dynamic layer, which is 0 where it is none in any plan.
+
+    A node that is float in every plan has 0 for all.
+    """
 
     float_ms: float
     int8_ms: float
+    dynamic_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +61,9 @@ class Costs:
     """The cost of every node of one graph.
 
     graph: SHA-256 of the prepared graph that it is for; target: the name of its target.
-    nodes: of the static plan's int8 nodes; others are float in every plan.
+    nodes: of the static plan's int8 nodes and dynamic layers; others are float in every plan.
     where: the CPU and ONNX Runtime that were timed, or the target's table ("predicted").
-    timed: {`name_of` the float layers of a plan: time of its int8 model over that of the static plan's}.
+    timed: {`name_of` a plan: time of its int8 model over that of the static plan's}.
     faster: layers that together make the whole model faster in float, as timed; others are taken to be no faster in float.
     quantize_ns, dequantize_ns: of an element of a tensor that crosses; crossing_ns: of either, whatever its size.
     """
@@ -77,9 +83,10 @@ class Costs:
         return canonical({"format": FORMAT, **{name: getattr(self, name) for name in self.__slots__}})
 
 
-def name_of(float_layers: Sequence[str]) -> str:
+def name_of(float_layers: Sequence[str], dynamic_layers: Sequence[str] = ()) -> str:
     """A short name of a plan that differs from the static one by these layers."""
-    return hashlib.sha256("\n".join(float_layers).encode()).hexdigest()[:16]
+    said = "\n".join((*float_layers, *(f"dynamic {name}" for name in dynamic_layers)))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def fingerprint(model: ir.Model) -> str:
@@ -94,9 +101,10 @@ def measure(
     batch: Batch,
     target: Target,
     shapes: Mapping[str, Shape],
+    dynamic: ir.Model | None = None,
     runs: int = RUNS,
 ) -> Costs:
-    """Profile the float and the int8 graph on one batch, here, on one thread.
+    """Profile the float, the int8 and the dynamic graph on one batch, here, on one thread.
 
     Args:
         model: the prepared graph.
@@ -104,19 +112,29 @@ def measure(
         batch: what both run on.
         target: its session entries, and crossings where the int8 graph has too few to be timed.
         shapes: of the tensors on that batch.
+        dynamic: the graph with every layer dynamic that may be; None where there is none.
         runs: behind each median.
     """
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         taken = []
-        for name, each, entries in (("float", model, {}), ("int8", int8, target.session)):
+        graphs = {"float": model, "int8": int8} | ({} if dynamic is None else {"dynamic": dynamic})
+        for name, each in graphs.items():
+            entries = {} if name == "float" else target.session
             path = Path(folder) / f"{name}.onnx"
             path.write_bytes(graph.to_bytes(each))
             taken.append(trace(path, batch, entries=entries, runs=runs).kernels)
-    in_float, in_int8 = map(_by_node, taken)
+    in_float, in_int8 = map(_by_node, taken[:2])
+    in_dynamic = _by_node(taken[-1])
+    laid = {node.name for node in (dynamic or int8).graph if node.op_type == PRODUCT}
     crossing = _crossing_times(int8, taken[1], shapes)
     quantize = _per_element(crossing[QUANTIZE], target.quantize_ns)
     found = {
-        name: NodeCost(float_ms=in_float.get(name, 0.0), int8_ms=in_int8.get(name, 0.0)) for name in sorted(plan.int8)
+        name: NodeCost(
+            float_ms=in_float.get(name, 0.0),
+            int8_ms=in_int8.get(name, 0.0),
+            dynamic_ms=in_dynamic.get(name, 0.0) if name in laid else 0.0,
+        )
+        for name in sorted((*plan.int8, *plan.dynamic))
     }
     return Costs(
         graph=fingerprint(model),
@@ -184,7 +202,9 @@ def from_table(model: ir.Model, plan: Plan, target: Target, shapes: Mapping[str,
         where=f"predicted from the table of {target.name} ({target.costs_from})",
         measured=False,
         nodes={
-            name: _by_table(node, target, shapes) for node in model.graph if (name := node.name or "") in set(plan.int8)
+            name: _by_table(node, target, shapes)
+            for node in model.graph
+            if (name := node.name or "") in {*plan.int8, *plan.dynamic}
         },
         faster=(),
         timed={},
@@ -199,11 +219,23 @@ def _by_table(node: ir.Node, target: Target, shapes: Mapping[str, Shape]) -> Nod
         weight = shapes.get(node.inputs[1].name or "", ()) if node.inputs[1] is not None else ()
         depthwise = node.op_type == "Conv" and graph.is_depthwise(weight, node.attributes.get_int("group", 1))
         per, amount = (DEPTHWISE if depthwise else LAYER), graph.macs(node, shapes)
-        return NodeCost(float_ms=per.float_ns * amount / 1e6, int8_ms=per.int8_ns * amount / 1e6)
+        float_ms, int8_ms = per.float_ns * amount / 1e6, per.int8_ns * amount / 1e6
+        return NodeCost(float_ms=float_ms, int8_ms=int8_ms, dynamic_ms=_dynamic_by_table(node, int8_ms, target, shapes))
     if node.op_type not in (*target.layers, *target.elementwise, *target.movers):
         return NodeCost(float_ms=0.0, int8_ms=0.0)
     price = place.cost(node, target, shapes)
-    return NodeCost(float_ms=price.float_ns / 1e6, int8_ms=price.int8_ns / 1e6)
+    float_ms, int8_ms = price.float_ns / 1e6, price.int8_ns / 1e6
+    return NodeCost(float_ms=float_ms, int8_ms=int8_ms, dynamic_ms=_dynamic_by_table(node, int8_ms, target, shapes))
+
+
+def _dynamic_by_table(node: ir.Node, int8_ms: float, target: Target, shapes: Mapping[str, Shape]) -> float:
+    """The static kernel, and finding the range and rounding of its input, shared by all dynamic layers that read it."""
+    if place.not_dynamic(node, target) or node.inputs[0] is None:
+        return 0.0
+    sharing = [reader for reader in graph.consumers(node.inputs[0]) if not place.not_dynamic(reader, target)]
+    elements = math.prod(shapes.get(node.inputs[0].name or "", ()))
+    codes = (target.range_ns + target.quantize_ns) * elements + target.crossing_ns
+    return int8_ms + codes / len(sharing) / 1e6
 
 
 def read(text: str, model: ir.Model, plan: Plan, target: Target, where: str) -> Costs:
@@ -225,7 +257,7 @@ def read(text: str, model: ir.Model, plan: Plan, target: Target, where: str) -> 
             where, found="the costs of another graph", expected=f"those of graph {fingerprint(model)[:12]}",
             do="measure again: leave --costs out",
         )  # fmt: skip
-    if found.target != target.name or not found.nodes.keys() >= set(plan.int8):
+    if found.target != target.name or not found.nodes.keys() >= {*plan.int8, *plan.dynamic}:
         raise RecipeError(
             where, found=f"the costs of another plan, for {found.target}", expected=f"those of this one, for {target.name}",
             do="measure again: leave --costs out",
@@ -235,9 +267,9 @@ def read(text: str, model: ir.Model, plan: Plan, target: Target, where: str) -> 
 
 def predict(model: ir.Model, plan: Plan, costs: Costs, shapes: Mapping[str, Shape]) -> float:
     """Milliseconds of the nodes that plans can choose about, under this plan: differences between plans are what it tells."""
-    int8 = set(plan.int8)
+    int8, dynamic = set(plan.int8), set(plan.dynamic)
     nodes = (
-        found.int8_ms if node.name in int8 else found.float_ms
+        found.int8_ms if node.name in int8 else found.dynamic_ms if node.name in dynamic else found.float_ms
         for node in model.graph
         if (found := costs.nodes.get(node.name or "")) is not None
     )

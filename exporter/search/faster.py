@@ -10,7 +10,7 @@ from exporter import graph
 from exporter.batches import Batch
 from exporter.search import costs as prices
 from exporter.search.costs import Costs
-from exporter.search.plans import NONE, Plans
+from exporter.search.plans import NONE, STATIC, Choice, Plans
 from exporter.target import Target
 from runtime.bench import medians_ms
 from runtime.session import open_session
@@ -32,7 +32,7 @@ def prove(plans: Plans, batch: Batch, target: Target, costs: Costs) -> tuple[str
     """
 
     def ms(floats: frozenset[str]) -> float:
-        return prices.predict(plans.model, plans.plan(floats), costs, plans.shapes)
+        return prices.predict(plans.model, plans.plan(Choice(floats=floats)), costs, plans.shapes)
 
     base, groups = ms(NONE), plans.groups()
     macs = {d.node: d.macs for d in plans.static.decisions}
@@ -43,9 +43,9 @@ def prove(plans: Plans, batch: Batch, target: Target, costs: Costs) -> tuple[str
         wider = chosen | group
         if saved[group] > SAVED * base and math.fsum(macs[name] for name in wider) <= most:
             chosen = wider
-    if not chosen or ratio(plans.int8(NONE), plans.int8(chosen), batch, target) > 1 - PROVED:
+    if not chosen or ratio(plans.int8(STATIC), plans.int8(Choice(floats=chosen)), batch, target) > 1 - PROVED:
         return ()
-    return tuple(name for name in plans.layers if name in chosen)
+    return plans.in_order(chosen)
 
 
 def ratio(int8: ir.Model, other: ir.Model, batch: Batch, target: Target) -> float:

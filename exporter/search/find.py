@@ -1,18 +1,20 @@
-"""The cheapest plan that is accurate enough: measured error against ms, layers turned float where that buys most.
+"""The cheapest plan that is accurate enough: measured error against ms, layers turned float or dynamic where that buys most.
 
-    gain(g)  = noise(plan) - noise(plan with g float)         noise = 10^(-SNR / 10) of the worst output, on calibration batches,
+    gain(g)  = noise(base) - noise(base with g float)         noise = 10^(-SNR / 10) of the worst output, on calibration batches,
                                                               what a last Softmax or Sigmoid reads in its place
-    price(g) = ms(plan with g float) - ms(plan)               `costs.predict`; the cut places what stands around g anew
+    price(g) = ms(base with g float) - ms(base)               `costs.predict`; the cut places what stands around g anew
 
 0. Layers that make the model faster in float (`Costs.faster`) are float, unless that misses the budget.
-1. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain.
-2. Groups are ranked by gain over price.
-3. Plans are scored jointly, for gains of single groups do not add up: the first 1, 2, 4, ... groups of the rank, then by
+1. Where the static plan does not reach the aim, that with every layer dynamic that may be is evaluated, and timed as a whole. The
+   better of the two is the base; if it is the static one, though the other is more accurate, dynamic groups are tried too.
+2. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain.
+3. Groups are ranked by gain over price.
+4. Plans are scored jointly, for gains of single groups do not add up: the first 1, 2, 4, ... groups of the rank, then by
    halves between the last plan that does not reach the aim and the first that does.
-4. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
-   group's gain is the noise of the plan in which it alone is int8.
+5. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
+   group's gain is the noise of the plan in which it alone is as in the base, and all else float.
 
-5. What kernels take by themselves leaves out what a change of layout costs their neighbours. So the plan that seems best is
+6. What kernels take by themselves leaves out what a change of layout costs their neighbours. So the plan that seems best is
    timed as a whole beside the static one, where the target is this machine, and counts with that time; then the next.
 
 The number of evaluations is known beforehand but for the halving.
@@ -37,7 +39,7 @@ from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.search import costs
 from exporter.search.costs import Costs
-from exporter.search.plans import Plans
+from exporter.search.plans import STATIC, Choice, Plans
 from runtime import drift, gate
 from runtime.manifest import Budget
 
@@ -69,9 +71,10 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One plan that was evaluated: its float layers, error, and ms, predicted or as the whole model was timed."""
+    """One plan that was evaluated: its float and dynamic layers, error, and ms, predicted or as the whole model was timed."""
 
     float_layers: tuple[str, ...]
+    dynamic_layers: tuple[str, ...] = ()
     snr_db: float
     ms: float
     met: bool
@@ -115,33 +118,42 @@ class Problem:
 
     plans: to choose from. batches: calibration batches to compare outputs on.
     costs: from `costs.measure`, `costs.from_table` or a file. The same costs and batches find the same plan.
-    ratio: the time of a plan's int8 graph over that of the static plan's, given the layers that are float; None predicts.
+    ratio: the time of a plan's int8 graph over that of the static plan's, given the layers that are float, and those that are
+        dynamic; None predicts.
     """
 
     plans: Plans
     batches: Sequence[Batch]
     costs: Costs
-    ratio: Callable[[tuple[str, ...], ir.Model], float] | None = None
+    ratio: Callable[[tuple[str, ...], tuple[str, ...], ir.Model], float] | None = None
 
 
 def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
-    """Turn layers of the plan float until it is accurate enough, or as accurate as its speed allows."""
+    """Turn layers of the plan float or dynamic until it is accurate enough, or as accurate as its speed allows."""
     scores = _Scores(problem, goal)
     start = time.monotonic()
-    first = scores.of(frozenset())
+    first = scores.of(STATIC)
     allowed = _allowed(goal, start)
-    quick = frozenset(problem.costs.faster) & frozenset(problem.plans.layers)
-    if quick and allowed(len(scores.points)):
+    quick = Choice(floats=frozenset(problem.costs.faster) & frozenset(problem.plans.layers))
+    if quick != STATIC and allowed(len(scores.points)):
         scores.of(quick)
     enough = any(map(scores.reached, list(scores.points.values())))
-    groups = [] if enough or not allowed(len(scores.points)) else problem.plans.groups()
-    each_takes = 2 if first.snr_db < COLLAPSED_DB else 1
-    announced = len(scores.points) + each_takes * len(groups) + (_halvings(len(groups)) if groups else 0)
+    dynamic = STATIC.with_dynamic(problem.plans.dynamic)
+    if dynamic != STATIC and not enough and allowed(len(scores.points)):
+        scores.learn(dynamic, first)
+        enough = scores.reached(_best(scores, first, scores.points.values()))
+    base, moves = STATIC, list[_Move]()
+    if not enough and allowed(len(scores.points)):
+        base, moves = _moves(scores, first, dynamic)
+    start_point = scores.of(base)
+    each_takes = 2 if start_point.snr_db < COLLAPSED_DB else 1
+    announced = len(scores.points) + each_takes * len(moves) + (_halvings(len(moves)) if moves else 0)
     gains: list[_Gain] = []
-    if groups:
-        each = tell.each(groups, f"search: {first.snr_db:.1f} dB, up to {announced} evaluations", len(groups))
-        gains = [_gain(scores, first, group) for group in each if allowed(len(scores.points))]
-        _refine(scores, goal, _ranked(quick, first, gains), allowed)
+    if moves:
+        each = tell.each(moves, f"search: {start_point.snr_db:.1f} dB, up to {announced} evaluations", len(moves))
+        gains = [_gain(scores, base, move) for move in each if allowed(len(scores.points))]
+        fastest = min(first, start_point, key=lambda point: point.ms)
+        _refine(scores, goal, fastest, _ranked(base.with_floats(quick.floats), start_point, gains), allowed)
     chosen = _choose(scores, first)
     return Found(
         plan=_explained(problem, chosen, first),
@@ -159,7 +171,10 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
 
 
 class _Scores:
-    """The plans that were looked at: {layers turned float: its point}."""
+    """The plans that were looked at: {what was chosen for the layers: its point}.
+
+    behind: the ms that the plan with every layer dynamic took, over what was predicted for it; others have their share of it.
+    """
 
     def __init__(self, problem: Problem, goal: Goal) -> None:
         self.problem, self.goal = problem, goal
@@ -169,57 +184,94 @@ class _Scores:
         self.inner = (
             list(map(graph.runner(graph.unsquashed(model)), problem.batches)) if self.squashed else self.outputs
         )
-        self.points: dict[frozenset[str], Point] = {}
-        self.accepted: dict[tuple[str, ...], bool] = {}
+        self.points: dict[Choice, Point] = {}
+        self.accepted: dict[Choice, bool] = {}
+        self.behind_ms = 0.0
 
     def timed(self, point: Point, first: Point) -> Point:
         """The point with the time of its whole model, in the ms of the static plan."""
-        floats = frozenset(point.float_layers)
-        if not point.timed and floats and self.problem.ratio is not None:
-            ratio = self.problem.ratio(point.float_layers, self.problem.plans.int8(floats))
-            self.points[floats] = replace(point, ms=first.ms * ratio, timed=True)
-        return self.points[floats]
+        choice = _choice(point)
+        if not point.timed and choice != STATIC and self.problem.ratio is not None:
+            int8 = self.problem.plans.int8(choice)
+            ratio = self.problem.ratio(point.float_layers, point.dynamic_layers, int8)
+            self.points[choice] = replace(point, ms=first.ms * ratio, timed=True)
+        return self.points[choice]
 
-    def of(self, floats: frozenset[str]) -> Point:
-        if floats not in self.points:
+    def learn(self, dynamic: Choice, first: Point) -> None:
+        """Look at the plan with every layer dynamic, and at how far its time is from the prediction."""
+        predicted = self.of(dynamic)
+        if predicted.snr_db > first.snr_db:
+            self.behind_ms = self.timed(predicted, first).ms - predicted.ms
+
+    def of(self, choice: Choice) -> Point:
+        if choice not in self.points:
             given = self.problem
-            plan, int8 = given.plans.plan(floats), given.plans.int8(floats)
+            plan, int8 = given.plans.plan(choice), given.plans.int8(choice)
             found = drift.measure(zip(self.outputs, map(graph.runner(int8), given.batches), strict=True))
             noise = found
             if self.squashed:
                 inner = graph.runner(graph.unsquashed(int8))
                 noise = drift.measure(zip(self.inner, map(inner, given.batches), strict=True))
-            share = sum(d.macs for d in plan.decisions if d.precision == "int8") / max(
+            share = sum(d.macs for d in plan.decisions if d.precision != "float") / max(
                 1, sum(d.macs for d in plan.decisions)
             )
-            self.points[floats] = Point(
-                float_layers=tuple(name for name in given.plans.layers if name in floats),
+            could = sum(d.macs for d in plan.decisions if d.node in given.plans.dynamic)
+            behind = sum(d.macs for d in plan.decisions if d.node in choice.dynamic) / max(1, could)
+            self.points[choice] = Point(
+                float_layers=given.plans.in_order(choice.floats),
+                dynamic_layers=given.plans.in_order(choice.dynamic),
                 snr_db=noise.worst_snr_db,
-                ms=costs.predict(given.plans.model, plan, given.costs, given.plans.shapes),
+                ms=costs.predict(given.plans.model, plan, given.costs, given.plans.shapes) + behind * self.behind_ms,
                 met=all(line.met for line in gate.limits(self.goal.budget, found, share, 0, 0)),
             )
-        return self.points[floats]
+        return self.points[choice]
 
     def accepts(self, point: Point) -> bool:
         """Whether a point meets the budget, and the caller's own measure where there is one."""
         if not point.met or self.goal.accepts is None:
             return point.met
-        if point.float_layers not in self.accepted:
-            int8 = self.problem.plans.int8(frozenset(point.float_layers))
-            self.accepted[point.float_layers] = self.goal.accepts(graph.runner(int8))
-        return self.accepted[point.float_layers]
+        choice = _choice(point)
+        if choice not in self.accepted:
+            self.accepted[choice] = self.goal.accepts(graph.runner(self.problem.plans.int8(choice)))
+        return self.accepted[choice]
 
     def reached(self, point: Point) -> bool:
         return point.snr_db >= self.goal.aim_snr_db and self.accepts(point)
 
 
+def _choice(point: Point) -> Choice:
+    return Choice(floats=frozenset(point.float_layers), dynamic=frozenset(point.dynamic_layers))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Gain:
-    """What turning a group float takes off the noise, and adds to the ms."""
+class _Move:
+    """A group of layers, and whether it turns dynamic instead of float."""
 
     group: frozenset[str]
+    dynamic: bool = False
+
+    def on(self, choice: Choice) -> Choice:
+        return choice.with_dynamic(self.group) if self.dynamic else choice.with_floats(self.group)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gain:
+    """What a move takes off the noise, and adds to the ms."""
+
+    move: _Move
     noise: float
     ms: float
+
+
+def _moves(scores: _Scores, first: Point, dynamic: Choice) -> tuple[Choice, list[_Move]]:
+    """The base, and what to try on it: groups in float, and dynamic ones where all of them help but are not worth their time."""
+    plans = scores.problem.plans
+    base = STATIC.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
+    moves = [_Move(group=group) for group in plans.groups()]
+    found = scores.points.get(dynamic)
+    if base == STATIC and found is not None and found.snr_db > first.snr_db:
+        moves += [_Move(group=group, dynamic=True) for group in plans.dynamic_groups()]
+    return base, moves
 
 
 def _halvings(groups: int) -> int:
@@ -241,41 +293,48 @@ def _noise(snr_db: float) -> float:
     return 10 ** (-snr_db / 10) if snr_db > -math.inf else math.inf
 
 
-def _gain(scores: _Scores, first: Point, group: frozenset[str]) -> _Gain:
-    alone = scores.of(group)
-    if first.snr_db >= COLLAPSED_DB:
-        return _Gain(group=group, noise=_noise(first.snr_db) - _noise(alone.snr_db), ms=alone.ms - first.ms)
-    others = scores.of(frozenset(scores.problem.plans.layers) - group)
-    return _Gain(group=group, noise=_noise(others.snr_db), ms=alone.ms - first.ms)
+def _gain(scores: _Scores, base: Choice, move: _Move) -> _Gain:
+    before, after = scores.of(base), scores.of(move.on(base))
+    noise = _noise(before.snr_db) - _noise(after.snr_db)
+    if before.snr_db < COLLAPSED_DB:
+        others = frozenset(scores.problem.plans.layers) - move.group
+        alone = scores.of(base.with_floats(others))
+        noise = _noise(alone.snr_db)
+        if move.dynamic:
+            noise -= _noise(scores.of(move.on(base).with_floats(others)).snr_db)
+    return _Gain(move=move, noise=noise, ms=after.ms - before.ms)
 
 
 def _worst(layers: Sequence[str], gains: Sequence[_Gain]) -> tuple[tuple[str, ...], ...]:
-    """The smallest groups that take most off the noise, worst first."""
-    least = min((len(gain.group) for gain in gains), default=0)
-    single = sorted((g for g in gains if len(g.group) == least and g.noise > 0), key=lambda gain: -gain.noise)
-    return tuple(tuple(name for name in layers if name in gain.group) for gain in single[:NAMED])
+    """The smallest groups that take most off the noise in float, worst first."""
+    floats = [gain for gain in gains if not gain.move.dynamic]
+    least = min((len(gain.move.group) for gain in floats), default=0)
+    single = sorted((g for g in floats if len(g.move.group) == least and g.noise > 0), key=lambda gain: -gain.noise)
+    return tuple(tuple(name for name in layers if name in gain.move.group) for gain in single[:NAMED])
 
 
-def _ranked(quick: frozenset[str], first: Point, gains: Sequence[_Gain]) -> list[frozenset[str]]:
-    """The layers of the first n groups for each n, by gain over price; a group inside of those before it is left out."""
-    free = 1e-3 * first.ms  # what is cheaper than this costs nothing that can be measured
+def _ranked(start: Choice, before: Point, gains: Sequence[_Gain]) -> list[Choice]:
+    """The plans with the first n moves for each n, by gain over price; a move that changes nothing is left out."""
+    free = 1e-3 * before.ms  # what is cheaper than this costs nothing that can be measured
     helping = sorted((gain for gain in gains if gain.noise > 0), key=lambda gain: -gain.noise / max(gain.ms, free))
-    prefixes: list[frozenset[str]] = []
-    covered = quick
+    prefixes: list[Choice] = []
+    choice = start
     for gain in helping:
-        if not gain.group <= covered:
-            covered |= gain.group
-            prefixes.append(covered)
+        wider = gain.move.on(choice)
+        if wider != choice:
+            choice = wider
+            prefixes.append(choice)
     return prefixes
 
 
-def _refine(scores: _Scores, goal: Goal, prefixes: Sequence[frozenset[str]], allowed: Callable[[int], bool]) -> None:
-    """Score the first 1, 2, 4, ... groups until a plan is accurate enough or too slow, then between the last two."""
-    base = scores.of(frozenset())
+def _refine(
+    scores: _Scores, goal: Goal, fastest: Point, prefixes: Sequence[Choice], allowed: Callable[[int], bool]
+) -> None:
+    """Score the first 1, 2, 4, ... moves until a plan is accurate enough or too slow, then between the last two."""
 
     def enough(size: int) -> bool:
         point = scores.of(prefixes[size - 1])
-        return scores.reached(point) or (scores.accepts(point) and _is_slow(point, base, goal))
+        return scores.reached(point) or (scores.accepts(point) and _is_slow(point, fastest, goal))
 
     low, high = 0, min(1, len(prefixes))
     while high and allowed(len(scores.points)) and not enough(high) and high < len(prefixes):
@@ -316,13 +375,19 @@ def _best(scores: _Scores, first: Point, points: Iterable[Point]) -> Point:
 
 
 def _explained(problem: Problem, chosen: Point, first: Point) -> Plan:
-    """The chosen plan; each layer that was turned float says why."""
-    plan = problem.plans.plan(frozenset(chosen.float_layers))
-    count, quick = len(chosen.float_layers), set(problem.costs.faster)
-    together = f", with {count - 1} more" if count > 1 else ""
-    why = f"search: float{together} takes the outputs from {first.snr_db:.1f} to {chosen.snr_db:.1f} dB"
+    """The chosen plan; each layer that was turned float or dynamic says why."""
+    plan = problem.plans.plan(_choice(chosen))
+    quick = set(problem.costs.faster)
     reasons = {
-        name: "search: the model is faster with it in float" if name in quick else why for name in chosen.float_layers
+        name: _why(precision, len(names), chosen, first)
+        for precision, names in (("float", chosen.float_layers), ("dynamic", chosen.dynamic_layers))
+        for name in names
     }
+    reasons |= {name: "search: the model is faster with it in float" for name in chosen.float_layers if name in quick}
     decisions = (replace(each, reason=reasons.get(each.node, each.reason)) for each in plan.decisions)
     return replace(plan, decisions=tuple(decisions))
+
+
+def _why(precision: str, layers: int, chosen: Point, first: Point) -> str:
+    together = f", with {layers - 1} more" if layers > 1 else ""
+    return f"search: {precision}{together} takes the outputs from {first.snr_db:.1f} to {chosen.snr_db:.1f} dB"

@@ -29,7 +29,7 @@ from exporter.search import costs as prices
 from exporter.search import faster
 from exporter.search.costs import Costs
 from exporter.search.find import Found, Goal, Problem, search
-from exporter.search.plans import Plans
+from exporter.search.plans import STATIC, Plans
 from exporter.target import Target, of
 from runtime import cpu
 from runtime.manifest import Budget
@@ -96,8 +96,8 @@ def improve(
     costs = _costs(plans, corrected.int8, batches[0], target, caps.costs, place, tell)
     timed = dict(costs.timed)
 
-    def ratio(float_layers: tuple[str, ...], other: ir.Model) -> float:
-        name = prices.name_of(float_layers)
+    def ratio(float_layers: tuple[str, ...], dynamic_layers: tuple[str, ...], other: ir.Model) -> float:
+        name = prices.name_of(float_layers, dynamic_layers)
         if name not in timed:
             timed[name] = faster.ratio(corrected.int8, other, batches[0], target)
         return timed[name]
@@ -110,7 +110,7 @@ def improve(
         costs = replace(costs, timed=timed)
         if measuring:
             _remember(costs, place)
-    same = found.plan.int8 == plan.int8
+    same = (found.plan.int8, found.plan.dynamic) == (plan.int8, plan.dynamic)
     int8 = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
     return Improved(plan=found.plan, int8=int8, found=found, costs=costs)
 
@@ -153,7 +153,8 @@ def _costs(
         with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
             return prices.read(place.read_text(encoding="utf-8"), model, plan, target, str(place))
     tell.stage("time every node in float and in int8")
-    measured = prices.measure(model, plan, int8, batch, target, plans.shapes)
+    dynamic = plans.int8(STATIC.with_dynamic(plans.dynamic)) if plans.dynamic else None
+    measured = prices.measure(model, plan, int8, batch, target, plans.shapes, dynamic)
     measured = prices.settled(measured, faster.prove(plans, batch, target, measured))
     _remember(measured, place)
     return measured

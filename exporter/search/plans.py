@@ -1,13 +1,14 @@
-"""The static plan and those with some of its layers turned float: each plan, and its int8 graph."""
+"""The static plan and those with some of its layers turned float or dynamic: each plan, and its int8 graph."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporter import gates, place
+from exporter import dynamic, gates, place, quantize
 from exporter.graph import Shape
 from exporter.place import Plan
 from exporter.recipe import Rule
@@ -15,13 +16,33 @@ from exporter.search import variant
 from exporter.target import Target
 
 MOST_UNITS = 48  # of layers: more of them are taken together
+MOST_DYNAMIC = 12  # the same for groups that are tried as dynamic ones: beside those in float
 NONE: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The layers in which a plan differs from the static one; none is in both."""
+
+    floats: frozenset[str] = NONE
+    dynamic: frozenset[str] = NONE
+
+    def with_floats(self, layers: frozenset[str]) -> Choice:
+        return Choice(floats=self.floats | layers, dynamic=self.dynamic - layers)
+
+    def with_dynamic(self, layers: frozenset[str]) -> Choice:
+        """What is float stays float."""
+        return Choice(floats=self.floats, dynamic=self.dynamic | (layers - self.floats))
+
+
+STATIC = Choice()
+
+
 class Plans:
-    """Plans by the layers that are float in them; each is decided once.
+    """Plans by what they choose for the layers; each is decided once.
 
     layers: those that may turn float, in graph order: int8 in the static plan, and not because a rule says so.
+    dynamic: those of them that may be dynamic.
     """
 
     def __init__(
@@ -44,13 +65,15 @@ class Plans:
         """
         self.model, self.static, self.shapes = model, static, shapes
         self._source, self._target, self._rules = source, target, tuple(rules)
-        self._known = variant.pairs(int8)
-        self._plans = {NONE: static}
+        self._known, self._weights = variant.pairs(int8), quantize.weights(int8)
+        self._plans = {STATIC: static}
         asked = place.ruled(model, rules, "int8")
         before = {reader.name: value.producer() for reader in model.graph for value in reader.inputs[:1] if value}
         kept = asked | {maker.name for name in asked if (maker := before.get(name)) is not None}
         self.layers = tuple(d.node for d in static.decisions if d.macs and d.precision == "int8" and d.node not in kept)
-
+        self.dynamic = frozenset(
+            node.name or "" for node in model.graph if node.name in self.layers and not place.not_dynamic(node, target)
+        )
         weights = {node.name: node.inputs[1] for node in model.graph if node.name in self.layers}
         self._sharing = {
             name: [
@@ -61,17 +84,23 @@ class Plans:
             for name in self.layers
         }
 
-    def plan(self, floats: frozenset[str]) -> Plan:
-        if floats not in self._plans:
-            self._plans[floats] = place.decide(self.model, self._target, self._rules, self.shapes, floats)
-        return self._plans[floats]
+    def plan(self, choice: Choice) -> Plan:
+        if choice not in self._plans:
+            self._plans[choice] = place.decide(
+                self.model, self._target, self._rules, self.shapes, choice.floats, choice.dynamic
+            )
+        return self._plans[choice]
 
-    def int8(self, floats: frozenset[str]) -> ir.Model:
-        """As the quantizer would make it, and the gates read as `quantize.to_int8` does."""
-        plan = self.plan(floats)
+    def int8(self, choice: Choice) -> ir.Model:
+        """As the quantizer would make it; gates are read and dynamic layers are laid as `quantize.to_int8` does."""
+        plan = self.plan(choice)
         made = variant.of(self._source(plan), plan, self._known)
         gates.read(made, plan.int8)
+        dynamic.lay(made, self.model, plan.dynamic, self._weights)
         return made
+
+    def in_order(self, layers: frozenset[str]) -> tuple[str, ...]:
+        return tuple(name for name in self.layers if name in layers)
 
     def groups(self) -> list[frozenset[str]]:
         """Layers one by one, by twos and by fours: neighbours that are float together need no Q/DQ between them.
@@ -80,8 +109,17 @@ class Plans:
         """
         unit = max(1, math.ceil(len(self.layers) / MOST_UNITS))
         sizes = [size for size in (unit, 2 * unit, 4 * unit) if size <= len(self.layers)]
-        chunks = [self.layers[at : at + size] for size in sizes for at in range(0, len(self.layers), size)]
-        return list(dict.fromkeys(frozenset(one for name in chunk for one in self._sharing[name]) for chunk in chunks))
+        return list(dict.fromkeys(group for size in sizes for group in self._chunks(self.layers, size)))
+
+    def dynamic_groups(self) -> list[frozenset[str]]:
+        """Those that may be dynamic, in a few groups of neighbours."""
+        layers = self.in_order(self.dynamic)
+        size = max(1, math.ceil(len(layers) / MOST_DYNAMIC))
+        return list(dict.fromkeys(group & self.dynamic for group in self._chunks(layers, size)))
+
+    def _chunks(self, layers: Sequence[str], size: int) -> list[frozenset[str]]:
+        chunks = [layers[at : at + size] for at in range(0, len(layers), size)]
+        return [frozenset(one for name in chunk for one in self._sharing[name]) for chunk in chunks]
 
 
 def _fixed(weight: ir.Value | None) -> bool:

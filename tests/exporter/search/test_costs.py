@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from exporter import graph, place, quantize
+from exporter import dynamic, graph, place, quantize
 from exporter.calibrate import observe
 from exporter.errors import RecipeError
 from exporter.recipe import Rule
 from exporter.search import costs
 from exporter.target import PORTABLE, X86_VNNI
 from tests import models
-from tests.exporter import stages
+from tests.exporter import graphs, stages
 
 MODEL = "residual"
 
@@ -38,6 +38,37 @@ def test_every_int8_layer_was_timed_in_float_and_in_int8() -> None:
     assert "onnxruntime" in found.where
 
 
+def test_dynamic_layers_were_timed_with_what_finds_their_ranges() -> None:
+    model, plan = stages.prepared("transformer").model, stages.plan("transformer")
+    batch = next(models.batches("transformer", 0, 1))
+    sizes = graph.shapes(model, batch)
+    int8 = quantize.to_int8(model, plan, observe(model, plan.tensors, [batch]).ranges)
+    names = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
+    laid = model.clone()
+    dynamic.lay(laid, model, names, {})
+    found = costs.measure(model, plan, int8, batch, X86_VNNI, sizes, laid, runs=3)
+    assert {name for name, each in found.nodes.items() if each.dynamic_ms > 0} == set(names)
+    other = place.decide(model, X86_VNNI, (), sizes, dynamic=names)
+    floats = sum(each.float_ms for name, each in found.nodes.items() if name not in names)
+    assert costs.predict(model, other, found, sizes) == pytest.approx(
+        floats + sum(found.nodes[name].dynamic_ms for name in names)
+    )
+
+
+def test_predicted_dynamic_layer_is_the_static_one_and_a_share_of_finding_and_rounding_its_input() -> None:
+    text = "(float[64,32] x) => (float[64,16] y, float[64,16] z) { [one] y = MatMul(x, v) [two] z = Gemm(x, w) }"
+    model = graphs.model(text, {"v": graphs.noise(1, 32, 16), "w": graphs.noise(2, 32, 16)})
+    sizes = graph.shapes(model, {"x": graphs.noise(0, 64, 32)})
+    plan = place.decide(model, X86_VNNI, (), sizes)
+    found = costs.from_table(model, plan, X86_VNNI, sizes)
+    rounding = (X86_VNNI.range_ns + X86_VNNI.quantize_ns) * 64 * 32 + X86_VNNI.crossing_ns
+    for each in found.nodes.values():
+        assert each.dynamic_ms == pytest.approx(each.int8_ms + rounding / 2 / 1e6)
+    both = place.decide(model, X86_VNNI, (), sizes, dynamic=("one", "two"))
+    more = costs.predict(model, both, found, sizes) - costs.predict(model, plan, found, sizes)
+    assert more == pytest.approx(X86_VNNI.range_ns * 64 * 32 / 1e6)
+
+
 def test_costs_are_read_as_they_were_written() -> None:
     model = stages.prepared(MODEL).model
     found = measured()
@@ -55,7 +86,7 @@ def test_costs_of_another_graph_are_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 9}', '{"format": 1, "nodes": {"a": 1}}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 9}', '{"format": 2, "nodes": {"a": 1}}'])
 def test_what_is_no_cost_table_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="expected a cost table"):
         costs.read(text, stages.prepared(MODEL).model, stages.plan(MODEL), X86_VNNI, "costs.json")

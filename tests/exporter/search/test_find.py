@@ -15,7 +15,7 @@ from exporter.progress import Silent
 from exporter.recipe import Rule
 from exporter.search import Goal, Problem, costs, frontier, search
 from exporter.search.plans import Plans
-from exporter.target import X86_VNNI
+from exporter.target import X86_VNNI, Target
 from runtime.manifest import Budget
 from tests.exporter import graphs
 
@@ -38,23 +38,26 @@ WEIGHTS = {
 NO_LIMIT = Goal(budget=Budget(), aim_snr_db=30.0, max_slower=10.0)
 
 
-def problem(flat: bool = True, rules: Sequence[Rule] = ()) -> Problem:
+WITHOUT_DYNAMIC = replace(X86_VNNI, dynamic=())
+
+
+def problem(flat: bool = True, rules: Sequence[Rule] = (), target: Target = WITHOUT_DYNAMIC) -> Problem:
     model = graphs.model(CHAIN, WEIGHTS)
     batches = [{"x": graphs.noise(seed, 1, 16)} for seed in range(8)]
     shapes = graph.shapes(model, batches[0])
-    plan = place.decide(model, X86_VNNI, rules, shapes)
+    plan = place.decide(model, target, rules, shapes)
     int8 = quantize.to_int8(model, plan, distinguish(model, observe(model, plan.tensors, batches).ranges))
-    found = costs.from_table(model, plan, X86_VNNI, shapes)
+    found = costs.from_table(model, plan, target, shapes)
     if flat:
         layers = {d.node for d in plan.decisions if d.macs}
         each = {
-            name: costs.NodeCost(float_ms=1.04 * (name in layers), int8_ms=1.0 * (name in layers))
+            name: costs.NodeCost(
+                float_ms=1.04 * (name in layers), int8_ms=1.0 * (name in layers), dynamic_ms=1.01 * (name in layers)
+            )
             for name in found.nodes
         }
         found = replace(found, nodes=each, quantize_ns=0.0, dequantize_ns=0.0, crossing_ns=0.0)
-    return Problem(
-        plans=Plans(model, plan, int8, lambda _: model, X86_VNNI, rules, shapes), batches=batches, costs=found
-    )
+    return Problem(plans=Plans(model, plan, int8, lambda _: model, target, rules, shapes), batches=batches, costs=found)
 
 
 def test_layer_that_rounding_ruins_is_the_one_that_turns_float() -> None:
@@ -164,7 +167,7 @@ def test_plan_that_is_slower_than_predicted_counts_with_its_own_time() -> None:
     assert len(predicted.float_layers) == 2
     asked: list[tuple[str, ...]] = []
 
-    def ratio(layers: tuple[str, ...], _: object) -> float:
+    def ratio(layers: tuple[str, ...], dynamic: tuple[str, ...], _: object) -> float:
         asked.append(layers)
         return 1.5 if len(layers) > 1 else 1.01
 
@@ -173,7 +176,7 @@ def test_plan_that_is_slower_than_predicted_counts_with_its_own_time() -> None:
     assert found.chosen.float_layers == ("bad",)
     assert found.chosen.timed
     assert found.chosen.ms == pytest.approx(4.04)
-    never = search(replace(given, ratio=lambda layers, _: 2.0), goal, Silent())
+    never = search(replace(given, ratio=lambda layers, dynamic, _: 2.0), goal, Silent())
     assert never.chosen.float_layers == ()
 
 
@@ -209,7 +212,7 @@ def test_plan_that_the_caller_refuses_is_not_what_is_left_when_the_timed_ones_ar
             < 0.1
         )
 
-    slow = replace(given, ratio=lambda layers, _: 2.0 + len(layers))
+    slow = replace(given, ratio=lambda layers, dynamic, _: 2.0 + len(layers))
     found = search(slow, replace(NO_LIMIT, aim_snr_db=-100.0, accepts=refuses_static), Silent())
     assert found.chosen.float_layers != ()
     assert found.chosen.timed
@@ -225,3 +228,84 @@ def test_layers_that_share_a_weight_are_float_together() -> None:
     assert plans.layers == ("a", "b", "c")
     assert plans.groups() == [frozenset("ab"), frozenset("c"), frozenset("abc")][: len(plans.groups())]
     assert frozenset("a") not in plans.groups()
+
+
+# The input of "far" reaches ten times as far in one batch as in the others: one range for all is too coarse
+FAR = """(float[1,16] x) => (float[1,16] y) {
+    [one] a = MatMul(x, w1)
+    [two] b = Gemm(a, w2, c)
+    [far] y = MatMul(b, w3)
+}"""
+CODES = {
+    "w1": graphs.noise(1, 16, 16),
+    "w2": graphs.noise(2, 16, 16),
+    "w3": graphs.noise(3, 16, 16),
+    "c": graphs.noise(4, 16),
+}
+
+
+def far(dynamic_ms: float) -> Problem:
+    """Static layers take 1 ms, dynamic ones this."""
+    model = graphs.model(FAR, CODES)
+    batches = [{"x": graphs.noise(seed, 1, 16) * np.float32(100 if seed == 9 else 1)} for seed in range(10)]
+    shapes = graph.shapes(model, batches[0])
+    plan = place.decide(model, X86_VNNI, (), shapes)
+    int8 = quantize.to_int8(model, plan, distinguish(model, observe(model, plan.tensors, batches).ranges))
+    each = {name: costs.NodeCost(float_ms=3.0, int8_ms=1.0, dynamic_ms=dynamic_ms) for name in plan.int8}
+    found = replace(
+        costs.from_table(model, plan, X86_VNNI, shapes), nodes=each, quantize_ns=0.0, dequantize_ns=0.0, crossing_ns=0.0
+    )
+    plans = Plans(model, plan, int8, lambda _: model, X86_VNNI, (), shapes)
+    return Problem(plans=plans, batches=batches[:8], costs=found)
+
+
+def test_layers_are_dynamic_where_one_range_for_all_inputs_is_too_coarse() -> None:
+    found = search(far(dynamic_ms=1.01), replace(NO_LIMIT, max_slower=0.05), Silent())
+    assert found.first.snr_db < 20
+    assert found.chosen.snr_db > 30
+    assert (found.chosen.float_layers, found.chosen.dynamic_layers) == ((), ("one", "two", "far"))
+    assert found.evaluations == 2
+    assert graphs.precisions(found.plan) == {"one": "dynamic", "two": "dynamic", "far": "dynamic"}
+    reason = found.plan.decisions[0].reason
+    assert reason == (
+        f"search: dynamic, with 2 more takes the outputs from {found.first.snr_db:.1f} to {found.chosen.snr_db:.1f} dB"
+    )
+
+
+def test_layers_stay_static_where_that_is_accurate_enough() -> None:
+    found = search(far(dynamic_ms=0.1), replace(NO_LIMIT, aim_snr_db=-100.0), Silent())
+    assert (found.chosen, found.evaluations) == (found.first, 1)
+
+
+def test_some_layers_are_dynamic_where_all_of_them_take_too_long() -> None:
+    given = far(dynamic_ms=1.01)
+    found = search(given, replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.007), Silent())
+    assert found.first.snr_db < found.chosen.snr_db
+    assert 1 <= len(found.chosen.dynamic_layers) <= 2
+    assert found.chosen.ms <= 1.007 * found.first.ms
+    assert any(len(point.dynamic_layers) == 3 and point.snr_db > 30 for point in found.points)
+    assert found.evaluations <= found.announced
+
+
+def test_dynamic_plan_counts_with_its_own_time_and_others_with_their_share_of_it() -> None:
+    given, asked = far(dynamic_ms=1.01), list[tuple[str, ...]]()
+
+    def ratio(floats: tuple[str, ...], dynamic: tuple[str, ...], _: object) -> float:
+        asked.append(dynamic)
+        return 1 + 0.5 * len(dynamic)
+
+    found = search(replace(given, ratio=ratio), replace(NO_LIMIT, max_slower=0.05), Silent())
+    assert asked[0] == ("one", "two", "far")
+    assert found.chosen == found.first
+    timed = {len(point.dynamic_layers): point.ms for point in found.points if not point.float_layers}
+    assert timed[3] == pytest.approx(7.5)
+    assert timed[1] == pytest.approx(3.01 + (7.5 - 3.03) / 3)
+
+
+def test_layer_that_a_rule_calls_float_or_int8_is_never_dynamic() -> None:
+    rules = [
+        Rule(match="bad", precision="int8", why="asked for"),
+        Rule(match="one", precision="float", why="asked for"),
+    ]
+    given = problem(rules=rules, target=X86_VNNI)
+    assert given.plans.dynamic == {"three", "four"}

@@ -13,7 +13,7 @@ from exporter.calibrate import distinguish, observe
 from exporter.correct import bias
 from exporter.recipe import Rule
 from exporter.search import variant
-from exporter.search.plans import Plans
+from exporter.search.plans import Choice, Plans
 from exporter.target import PORTABLE, X86_VNNI, Target
 from tests import models
 from tests.exporter import stages
@@ -51,8 +51,8 @@ def test_variant_leaves_the_prepared_graph_as_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["residual", "transformer", "upsampler"])
 @pytest.mark.parametrize("target", [X86_VNNI, PORTABLE])
-@pytest.mark.parametrize("count", [0, 1])
-def test_plan_that_is_measured_is_the_one_that_ships(name: str, target: Target, count: int) -> None:
+@pytest.mark.parametrize(("count", "dynamic"), [(0, 0), (1, 0), (0, 9), (1, 9), (1, 2)])
+def test_plan_that_is_measured_is_the_one_that_ships(name: str, target: Target, count: int, dynamic: int) -> None:
     """With biases and codes corrected: bit for bit, and the layer that is float has its own weights."""
     model, batches = stages.prepared(name).model, list(models.batches(name, 0, 6))
     shapes = graph.shapes(model, batches[0])
@@ -64,15 +64,18 @@ def test_plan_that_is_measured_is_the_one_that_ships(name: str, target: Target, 
     source = partial(correct.source, model, means=found.means, corrected=corrected)
     plans = Plans(model, plan, plain, source, target, (), shapes)
     floats = frozenset(plans.layers[:count])
-    measured = graph.runner(plans.int8(floats))
-    shipped = graph.runner(correct.under(model, plans.plan(floats), ranges, found.means, corrected))
+    choice = Choice(floats=floats).with_dynamic(plans.dynamic & set(plans.layers[:dynamic]))
+    if dynamic and not choice.dynamic:
+        return  # no linear layer to be dynamic
+    measured = graph.runner(plans.int8(choice))
+    shipped = graph.runner(correct.under(model, plans.plan(choice), ranges, found.means, corrected))
     for batch in batches:
         theirs = shipped(batch)
         assert {key: value.tobytes() for key, value in measured(batch).items()} == {
             key: value.tobytes() for key, value in theirs.items()
         }
     if floats:
-        int8 = correct.under(model, plans.plan(floats), ranges, found.means, corrected)
+        int8 = correct.under(model, plans.plan(choice), ranges, found.means, corrected)
         (layer,) = (node for node in int8.graph if node.name in floats)
         own = next(node for node in model.graph if node.name in floats)
         assert np.array_equal(graph.constant(layer.inputs[1]), graph.constant(own.inputs[1]))  # type: ignore[arg-type]
