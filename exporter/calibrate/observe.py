@@ -120,7 +120,7 @@ def observer(
     names = tuple(dict.fromkeys(same.values()))
     inputs = {value.name for value in model.graph.inputs}
     wanted = [name for name in dict.fromkeys((*names, *(name for name, _ in channels))) if name not in inputs]
-    run = _runner(model, wanted, optimize) if len(tensors) > len(inputs & {*tensors}) else None
+    run = _runner(model, wanted, optimize) if wanted or not inputs.issuperset(tensors) else None
     workers = max(1, min(WORKERS, CHUNK, _cores()))
     scratch = threading.local()
 

@@ -198,10 +198,15 @@ class _Scores:
         return self.points[choice]
 
     def learn(self, dynamic: Choice, first: Point) -> None:
-        """Look at the plan with every layer dynamic, and at how far its time is from the prediction."""
+        """Look at the plan with every layer dynamic, and at how far its time is from the prediction.
+
+        It is timed if it is more accurate. If not it counts as no faster than the static one, for profiles say too little.
+        """
         predicted = self.of(dynamic)
-        if predicted.snr_db > first.snr_db:
-            self.behind_ms = self.timed(predicted, first).ms - predicted.ms
+        self.points[dynamic] = replace(predicted, ms=max(predicted.ms, first.ms))
+        if predicted.snr_db > first.snr_db and self.problem.ratio is not None:
+            self.timed(self.points[dynamic], first)
+        self.behind_ms = self.points[dynamic].ms - predicted.ms
 
     def of(self, choice: Choice) -> Point:
         if choice not in self.points:
