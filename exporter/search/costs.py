@@ -268,11 +268,13 @@ def read(text: str, model: ir.Model, plan: Plan, target: Target, where: str) -> 
 def predict(model: ir.Model, plan: Plan, costs: Costs, shapes: Mapping[str, Shape]) -> float:
     """Milliseconds of the nodes that plans can choose about, under this plan: differences between plans are what it tells."""
     int8, dynamic = set(plan.int8), set(plan.dynamic)
-    nodes = (
-        found.int8_ms if node.name in int8 else found.dynamic_ms if node.name in dynamic else found.float_ms
-        for node in model.graph
-        if (found := costs.nodes.get(node.name or "")) is not None
-    )
+
+    def ms(name: str, found: NodeCost) -> float:
+        if name in dynamic:  # where a rule kept the layer static when it was timed, it takes what that takes
+            return found.dynamic_ms or found.int8_ms
+        return found.int8_ms if name in int8 else found.float_ms
+
+    nodes = (ms(name, costs.nodes[name]) for node in model.graph if (name := node.name or "") in costs.nodes)
     return math.fsum(nodes) + math.fsum(_crossings(model, int8, costs, shapes))
 
 

@@ -47,6 +47,8 @@ COLLAPSED_DB = 12.0
 NAMED = 3  # groups that are told
 MOST_TIMED = 6  # plans that are timed as a whole
 DB_PER_PERCENT = 1.0  # of the outputs' SNR, that a percent of time must buy
+# ... and dynamic layers: outputs that have the same bits elsewhere, and do not depend on what else is in the batch, are worth that
+DYNAMIC_DB = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +148,9 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
     if not enough and allowed(len(scores.points)):
         base, moves = _moves(scores, first, dynamic)
     start_point = scores.of(base)
-    each_takes = 2 if start_point.snr_db < COLLAPSED_DB else 1
-    announced = len(scores.points) + each_takes * len(moves) + (_halvings(len(moves)) if moves else 0)
+    collapsed = start_point.snr_db < COLLAPSED_DB
+    takes = sum((3 if move.dynamic else 2) if collapsed else 1 for move in moves)
+    announced = len(scores.points) + takes + (_halvings(len(moves)) if moves else 0)
     gains: list[_Gain] = []
     if moves:
         each = tell.each(moves, f"search: {start_point.snr_db:.1f} dB, up to {announced} evaluations", len(moves))
@@ -173,7 +176,7 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
 class _Scores:
     """The plans that were looked at: {what was chosen for the layers: its point}.
 
-    behind: the ms that the plan with every layer dynamic took, over what was predicted for it; others have their share of it.
+    behind_ms: the ms that the plan with every layer dynamic took, over what was predicted for it; others have their share of it.
     """
 
     def __init__(self, problem: Problem, goal: Goal) -> None:
@@ -200,11 +203,11 @@ class _Scores:
     def learn(self, dynamic: Choice, first: Point) -> None:
         """Look at the plan with every layer dynamic, and at how far its time is from the prediction.
 
-        It is timed if it is more accurate. If not it counts as no faster than the static one, for profiles say too little.
+        It is timed if it is worth more by that. If not it counts as no faster than the static one, for profiles say too little.
         """
         predicted = self.of(dynamic)
         self.points[dynamic] = replace(predicted, ms=max(predicted.ms, first.ms))
-        if predicted.snr_db > first.snr_db and self.problem.ratio is not None:
+        if predicted.snr_db > first.snr_db + DYNAMIC_DB:
             self.timed(self.points[dynamic], first)
         self.behind_ms = self.points[dynamic].ms - predicted.ms
 
@@ -274,7 +277,7 @@ def _moves(scores: _Scores, first: Point, dynamic: Choice) -> tuple[Choice, list
     base = STATIC.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
     moves = [_Move(group=group) for group in plans.groups()]
     found = scores.points.get(dynamic)
-    if base == STATIC and found is not None and found.snr_db > first.snr_db:
+    if base == STATIC and found is not None and found.snr_db > first.snr_db + DYNAMIC_DB:
         moves += [_Move(group=group, dynamic=True) for group in plans.dynamic_groups()]
     return base, moves
 
@@ -303,9 +306,8 @@ def _gain(scores: _Scores, base: Choice, move: _Move) -> _Gain:
     noise = _noise(before.snr_db) - _noise(after.snr_db)
     if before.snr_db < COLLAPSED_DB:
         others = frozenset(scores.problem.plans.layers) - move.group
-        alone = scores.of(base.with_floats(others))
-        noise = _noise(alone.snr_db)
-        if move.dynamic:
+        noise = _noise(scores.of(base.with_floats(others)).snr_db)
+        if move.dynamic:  # in float the group has none
             noise -= _noise(scores.of(move.on(base).with_floats(others)).snr_db)
     return _Gain(move=move, noise=noise, ms=after.ms - before.ms)
 
@@ -356,7 +358,7 @@ def _is_slow(point: Point, fastest: Point, goal: Goal) -> bool:
 def _choose(scores: _Scores, first: Point) -> Point:
     """Of the plans that meet the budget and are not too slow the one worth most; else the fastest that meets it; else the closest.
 
-    worth = min(SNR, aim) - DB_PER_PERCENT · percent of time above the fastest
+    worth = min(SNR, aim) - DB_PER_PERCENT · percent of time above the fastest - DYNAMIC_DB where a layer is dynamic
     """
     for _ in range(MOST_TIMED):
         best = _best(scores, first, scores.points.values())
@@ -372,7 +374,9 @@ def _best(scores: _Scores, first: Point, points: Iterable[Point]) -> Point:
     fastest = min(every[0], first, key=lambda point: point.ms)
 
     def worth(point: Point) -> float:
-        return min(point.snr_db, goal.aim_snr_db) - DB_PER_PERCENT * 100 * (point.ms / max(fastest.ms, 1e-9) - 1)
+        slower = point.ms / max(fastest.ms, 1e-9) - 1
+        price = DB_PER_PERCENT * 100 * slower + (DYNAMIC_DB if point.dynamic_layers else 0.0)
+        return min(point.snr_db, goal.aim_snr_db) - price
 
     quick = sorted((point for point in every if not _is_slow(point, fastest, goal)), key=lambda each: -worth(each))
     accepted = next((point for point in (*quick, *every) if scores.accepts(point)), None)

@@ -16,8 +16,10 @@ import exporter
 import runtime
 from exporter import trace
 from exporter.errors import CalibrationError, RecipeError
+from exporter.recipe import parse
 from runtime import BundleError
 from runtime import manifest as manifests
+from runtime.explain import explain
 from tests import models
 from tests.exporter import graphs
 from tests.exporter.conftest import Exported
@@ -336,3 +338,29 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
     assert not report.met
     verdict = runtime.check(runtime.load(tmp_path / "b"))
     assert [(line.what, line.limit) for line in verdict.lines if not line.met] == [("snr_db y", 90.0)]
+
+
+def test_bundle_of_dynamic_layers_needs_no_range_and_runs_as_its_ort_file_does(tmp_path: Path) -> None:
+    rules = '\n[[rules]]\nmatch = "*_gemm"\nprecision = "dynamic"\nwhy = "loud and quiet inputs"\n'
+    recipe = parse(VNNI.toml + rules, "dynamic")
+    report = exporter.export(
+        models.source("transformer"),
+        recipe,
+        calibration=models.batches("transformer", 1, 4),
+        heldout=models.batches("transformer", 2, 2),
+        out=tmp_path / "b",
+        ort=True,
+    )
+    plan = (tmp_path / "b" / "plan.txt").read_text().splitlines()[1:]
+    assert (report.int8_nodes, report.dynamic_nodes) == (0, 4)
+    assert report.dynamic_nodes == sum("| dynamic | rule '*_gemm': loud and quiet inputs" in line for line in plan)
+    assert f"0 nodes int8, 4 dynamic, {report.float_nodes} float" in str(report)
+    assert json.loads((tmp_path / "b" / "ranges.json").read_text())["tensors"] == {}
+    assert {count.kernel for count in report.kernels if count.integer} == {"DynamicQuantizeMatMul"}
+    assert report.integer_macs == report.ort_integer_macs > 0.9
+    assert report.drift.worst_snr_db > 40
+    bundle = runtime.load(tmp_path / "b", threads=1)
+    verdict = runtime.check(bundle)
+    assert verdict.met and not bundle.manifest.exact_on
+    explained = explain(bundle).nodes
+    assert {each.planned.precision for each in explained if each.planned and each.kernel.integer} == {"dynamic"}

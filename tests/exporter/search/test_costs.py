@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,19 @@ def test_dynamic_layers_were_timed_with_what_finds_their_ranges() -> None:
     assert costs.predict(model, other, found, sizes) == pytest.approx(
         floats + sum(found.nodes[name].dynamic_ms for name in names)
     )
+
+
+def test_dynamic_layer_that_was_not_timed_takes_what_the_static_one_takes() -> None:
+    model, plan = stages.prepared("transformer").model, stages.plan("transformer")
+    sizes = graph.shapes(model, next(models.batches("transformer", 0, 1)))
+    names = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
+    known = costs.from_table(model, plan, X86_VNNI, sizes)
+    unknown = replace(known, nodes={name: replace(each, dynamic_ms=0.0) for name, each in known.nodes.items()})
+    other = place.decide(model, X86_VNNI, (), sizes, dynamic=names)
+    floats = sum(each.float_ms for name, each in known.nodes.items() if name not in names)
+    static = sum(known.nodes[name].int8_ms for name in names)
+    assert costs.predict(model, other, unknown, sizes) == pytest.approx(floats + static)
+    assert costs.predict(model, other, known, sizes) > floats + static
 
 
 def test_predicted_dynamic_layer_is_the_static_one_and_a_share_of_finding_and_rounding_its_input() -> None:

@@ -309,3 +309,12 @@ def test_layer_that_a_rule_calls_float_or_int8_is_never_dynamic() -> None:
     ]
     given = problem(rules=rules, target=X86_VNNI)
     assert given.plans.dynamic == {"three", "four"}
+
+
+def test_dynamic_layers_must_buy_a_decibel() -> None:
+    given = far(dynamic_ms=1.0)
+    static = search(given, replace(NO_LIMIT, aim_snr_db=-100.0), Silent()).chosen
+    for more, layers in ((0.9, 0), (1.1, 3)):
+        found = search(given, replace(NO_LIMIT, aim_snr_db=static.snr_db + more, max_slower=0.05), Silent())
+        assert len(found.chosen.dynamic_layers) == layers
+        assert max(point.snr_db for point in found.points) > 30
