@@ -16,11 +16,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from exporter import dynamic, graph
 from exporter.correct import rounding
+from exporter.qparams import Rounded
 from runtime import cpu
 from runtime.kernels import trace
 from tests.devices import layers
 from tests.devices.layers import Array, Codes, Layer, Window
+from tests.exporter import graphs
 
 WITHOUT_VNNI = ("avx512", "avx2")
 KINDS: Mapping[str, Callable[[Array], Array]] = {
@@ -225,6 +228,27 @@ def test_unsigned_weights_are_exact_everywhere_at_full_range(tmp_path: Path) -> 
             named[f"{n} {m} {k} codes"] = layers.matmul(x, weight, Codes(per_channel=False))
     for device in WITHOUT_VNNI:
         assert wrong(layers.outputs(device, named, tmp_path), named) == []
+
+
+def test_dynamic_layer_under_the_rule_is_exact_and_at_full_range_is_not(tmp_path: Path) -> None:
+    """x = code / 64 with codes 0 and 255 among them, so that its range gives these codes again."""
+    random, named = np.random.default_rng(5), {}
+    for n, m in SIZES:
+        rows, codes = full_range(random, n, 65), mostly_255(random, (m, 65))
+        codes[0, -1] = 0
+        scale = np.geomspace(0.002, 0.004, n, dtype=np.float32)
+        for kind in ("full", "kept"):
+            weight = np.ascontiguousarray(KINDS[kind](rows).T.astype(np.int8))
+            text = f"(float[{m},65] x) => (float[{m},{n}] y) {{ [one] y = MatMul(x, w) }}"
+            model = graphs.model(text, {"w": weight.astype(np.float32)})
+            laid = model.clone()
+            dynamic.lay(laid, model, ["one"], {"w": Rounded(codes=weight, scale=scale, channel_axis=1)})
+            x, y = codes.astype(np.float32) / 64, codes.astype(np.int64) @ weight.astype(np.int64)
+            real = y.astype(np.float32) * (np.float32(1 / 64) * scale)
+            named[f"{n} {m} {kind}"] = Layer(model=graph.to_bytes(laid), x=x, weight=weight, y=real, paired=real)
+    assert wrong(layers.outputs("full", named, tmp_path), of_kind(named, "kept")) == []
+    for device in WITHOUT_VNNI:
+        assert wrong(layers.outputs(device, named, tmp_path), named) == [*of_kind(named, "full")]
 
 
 @pytest.mark.parametrize("allowed", ["0", "1"])
