@@ -121,7 +121,7 @@ def observer(
     inputs = {value.name for value in model.graph.inputs}
     wanted = [name for name in dict.fromkeys((*names, *(name for name, _ in channels))) if name not in inputs]
     run = _runner(model, wanted, optimize) if wanted or not inputs.issuperset(tensors) else None
-    workers = max(1, min(WORKERS, CHUNK, _cores()))
+    pool = ThreadPoolExecutor(max(1, min(WORKERS, CHUNK, _cores())))
     scratch = threading.local()
 
     def look(chunk: Sequence[Batch], first: int) -> Statistics:
@@ -151,8 +151,7 @@ def observer(
                         counter.add(counted, seen[name].low, seen[name].high, scratch.rooms)
             return seen, {key: _channel_sums(values[key[0]], key[1]) for key in channels}
 
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(one, chunk, range(first, first + len(chunk))))
+        found = list(pool.map(one, chunk, range(first, first + len(chunk))))
         return _statistics(found, first, same, names, channels, {name: c for name, (_, c) in counters.items()})
 
     return look
