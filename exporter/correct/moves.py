@@ -52,7 +52,7 @@ class _Walk:
         self.slots: dict[ir.Value, Array] = {}
         self.taken: list[Taken] = []
         self.read: dict[str, Array] = {}  # by layers
-        self.why: dict[int, str] = {}
+        self.why = {FIXED: "it has none"}  # of the least slot of those that are one
 
     def through(self, node: ir.Node) -> None:
         if node.op_type not in BEGIN and not any(map(self.varies, node.inputs)):
@@ -67,13 +67,23 @@ class _Walk:
                 self.end(made, "a branch or loop body reads it")
 
     def end(self, value: ir.Value | None, why: str) -> None:
-        for slot in map(int, np.unique(self.of(value))):
-            if self.joined.root(slot) != FIXED:
-                self.why[slot] = why
-                self.joined.join(slot, FIXED)
+        for slot in np.unique(self.of(value)):
+            self.why.setdefault(self.joined.root(int(slot)), why)
+
+    def join(self, one: int, two: int, by: str) -> None:
+        """Let two slots be one; where one is FIXED, or ended, so does the other."""
+        if FIXED in (one, two):
+            self.why.setdefault(self.joined.root(max(one, two)), f"{by} adds what has no scale")
+            return
+        reasons = [self.why[root] for root in map(self.joined.root, (one, two)) if root in self.why]
+        self.joined.join(one, two)
+        if reasons:
+            self.why[self.joined.root(one)] = reasons[0]
 
     def result(self) -> Slots:
-        _, numbers = np.unique(self.joined.roots(), return_inverse=True)  # FIXED stays 0: it is the smallest root
+        roots = self.joined.roots()
+        kept = np.where(np.isin(roots, [*self.why]), FIXED, roots)
+        _, numbers = np.unique(kept, return_inverse=True)  # FIXED stays 0: it is the smallest
         number = numbers.astype(np.int32)
         count = int(number.max()) + 1
         of = {value.name or "": number[slots] for value, slots in self.slots.items() if number[slots].any()}
@@ -82,11 +92,12 @@ class _Walk:
             for each in self.taken
             if number[each.times].any() or number[each.over].any()
         )
-        ended = {name: self._reason(slots) for name, slots in self.read.items() if name not in of and slots.any()}
+        ended = {
+            name: self.why[int(roots[slots.max()])]
+            for name, slots in self.read.items()
+            if name not in of and slots.any()
+        }
         return Slots(of=of, count=count, taken=taken, chain=chains(of.values(), count), ended=ended)
-
-    def _reason(self, slots: Array) -> str:
-        return next((self.why[slot] for slot in map(int, slots.reshape(-1)) if slot in self.why), "it is added to such")
 
     def of(self, value: ir.Value | None) -> Array:
         found = self.slots.get(value) if value is not None else None
@@ -96,7 +107,9 @@ class _Walk:
         return self.shapes.get(value.name or "", ()) if value is not None else ()
 
     def varies(self, value: ir.Value | None) -> bool:
-        return value in self.slots and any(self.joined.root(int(slot)) != FIXED for slot in np.unique(self.of(value)))
+        return value in self.slots and any(
+            self.joined.root(int(slot)) not in self.why for slot in np.unique(self.of(value))
+        )
 
     def along(self, value: ir.Value | None, axis: int, count: int) -> Array | None:
         """Slots along one axis, int32 [count]; None where they differ along another."""
@@ -263,10 +276,7 @@ def _sum(walk: _Walk, node: ir.Node) -> bool:
         return False
     both = np.broadcast_arrays(one, two)
     for a, b in np.unique(np.stack([each.reshape(-1) for each in both]), axis=1).T.tolist():
-        roots = {walk.joined.root(a), walk.joined.root(b)}
-        if FIXED in roots and len(roots) > 1:
-            walk.why[max(roots)] = f"{node.op_type} {node.name} adds what has none"
-        walk.joined.join(a, b)
+        walk.join(a, b, f"{node.op_type} {node.name}")
     walk.slots[node.outputs[0]] = _narrow(both[0])
     return True
 

@@ -103,8 +103,8 @@ def _scales(slots: Slots, largest: Array, weight: Array) -> Array:
         wanted, values = found[its], largest[its]
         if np.isnan(wanted).all():
             continue
-        most = np.nanmax(wanted)
-        bounded = np.maximum(np.nan_to_num(wanted, nan=most), LEAST * most)
+        # of a channel that held nothing nobody knows what it may hold: it is taken for an ordinary one
+        bounded = np.maximum(np.nan_to_num(wanted, nan=np.nanmedian(wanted)), LEAST * np.nanmax(wanted))
         scales[its] = bounded * (values / bounded).max() / values.max()
     return scales
 
