@@ -25,7 +25,7 @@ import onnx_ir as ir
 from exporter import graph
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
-from exporter.correct import moves, rounding
+from exporter.correct import layers, moves, rounding
 from exporter.correct.slots import FIXED, Slots, scaled
 from exporter.place import FLOAT_OUTPUT, Plan
 
@@ -79,7 +79,7 @@ def find(
     if not names:
         return None
     first, rest = (_ends(model, slots, names, part) for part in (seen, unseen))
-    scales = _scales(slots, _largest(slots, first), _weights(model, plan, slots))
+    scales = _scales(slots, _largest(slots, first, ranges), _weights(model, plan, slots))
     return Moved(slots=slots, scales=scales), _moved(ranges, slots, scales, _both(first, rest))
 
 
@@ -90,7 +90,7 @@ def scale(largest: Array, weight: Array, alpha: float = ALPHA) -> Array:
         largest: max|x_j|, float64 >= 0 [slots].
         weight: max|W_ij| over all i and layers, float64 >= 0 [slots].
     """
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         found = np.where(weight > 0, largest**alpha / weight ** (1 - alpha), largest)
     return np.where(largest > 0, found, np.nan)
 
@@ -141,23 +141,23 @@ def _both(a: Ends, b: Ends) -> Ends:
     )
 
 
-def _largest(slots: Slots, ends: Ends) -> Array:
-    """max|x_j| of every slot over all tensors that hold it; 0 where none is rounded."""
+def _largest(slots: Slots, ends: Ends, ranges: Ranges) -> Array:
+    """max|x_j| of every slot over all tensors that hold it; 0 where none is rounded. What a Relu behind it cuts off is left out."""
     found = np.zeros(slots.count)
     for name, low in ends.low.items():
-        np.maximum.at(found, slots.of[name], np.maximum(np.abs(low), np.abs(ends.high[name])))
+        covered = ranges.tensors[name]
+        np.maximum.at(found, slots.of[name], np.maximum(-low * (covered.low < 0), ends.high[name] * (covered.high > 0)))
     return found
 
 
 def _weights(model: ir.Model, plan: Plan, slots: Slots) -> Array:
     """max|W_ij| of every slot over the int8 layers that read it; 0 where only depthwise Conv do."""
-    int8, found = set(plan.int8), np.zeros(slots.count)
-    nodes = {node.name: node for node in model.graph}
+    found = np.zeros(slots.count)
+    read = {node.name: (node, weight) for node, _, weight in layers.weighted(model, plan)}
     for taken in slots.taken:
-        if taken.layer not in int8 or (node := nodes[taken.layer]).inputs[1] is None:
-            continue
-        weight = graph.constant(node.inputs[1])
-        if weight is not None and not rounding.is_depthwise(node, node.inputs[1]):
+        node, value = read.get(taken.layer, (None, None)) if taken.layer else (None, None)
+        weight = graph.constant(value)
+        if node is not None and value is not None and weight is not None and not rounding.is_depthwise(node, value):
             np.maximum.at(found, np.broadcast_to(taken.times, weight.shape), np.abs(weight))
     return found
 
