@@ -27,7 +27,7 @@ EVERY = 3  # of the batches one in so many is kept from what is fitted to the ot
 class Correction:
     """What one correction did to the worst output's SNR on calibration batches (`graph.unsquashed`), and whether it was kept.
 
-    They are tried one on the other: `before` is with those that were kept before it. The codes of "scale" (`rounding.fit`)
+    They are tried one on the other: `before` is with those that were kept before it, "smooth" the first. The codes of "scale" (`rounding.fit`)
     and "gptq" come with the biases that go with them, if these help.
     """
 
@@ -139,7 +139,10 @@ def under(
     corrected: Corrected,
     gates_on_codes: bool = True,
 ) -> ir.Model:
-    """The int8 graph of a plan with fewer int8 nodes than the corrected one, with the corrections that were kept."""
+    """The int8 graph of a plan with fewer int8 nodes than the corrected one, with the corrections that were kept.
+
+    model is the prepared graph; ranges and means are those of `corrected`.
+    """
     int8 = set(plan.int8)
     read = {value.name for node in model.graph if node.name in int8 for value in node.inputs if value is not None}
     rounded = {name: weight for name, weight in corrected.rounded.items() if name in read}
