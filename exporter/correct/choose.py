@@ -27,8 +27,8 @@ EVERY = 3  # of the batches one in so many is kept from what is fitted to the ot
 class Correction:
     """What one correction did to the worst output's SNR on calibration batches (`graph.unsquashed`), and whether it was kept.
 
-    They are tried one on the other: `before` is with those that were kept before it, "smooth" the first. The codes of "scale" (`rounding.fit`)
-    and "gptq" come with the biases that go with them, if these help.
+    They are tried one on the other, "smooth" first: `before` is with those that were kept before it. The codes of "scale"
+    (`rounding.fit`) and "gptq" come with the biases that go with them, if these help.
     """
 
     name: str
