@@ -122,7 +122,18 @@ def _export(
     if drops and evaluate is not None:
         accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
     better = search.improve(
-        prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts, caps, tell
+        prepared.model,
+        plan,
+        corrected.ranges,
+        corrected.means,
+        corrected,
+        cpu,
+        recipe,
+        shapes,
+        few,
+        accepts,
+        caps,
+        tell,
     )
     integer = {*better.plan.int8, *better.plan.dynamic}
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
@@ -163,6 +174,6 @@ def _export(
     )
 
     tell.stage("write the bundle, load it, time it")
-    files = report.files(made, recipe, plan, found.ranges, better.costs, models)
+    files = report.files(made, recipe, plan, corrected.ranges, better.costs, models)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
     return report.timed(made, out, recipe, drops, evaluate)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporter import graph, quantize
+from exporter import graph, proof, quantize
 from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges
-from exporter.correct import bias, gptq, rounding
+from exporter.correct import bias, gptq, rounding, smooth
 from exporter.correct.rounding import Paired
+from exporter.correct.smooth import Moved
 from exporter.errors import QuantizeError
 from exporter.place import Plan
 from exporter.qparams import Rounded
@@ -19,6 +20,7 @@ from exporter.target import Target
 from runtime import drift
 
 WORTH_DB = 0.1  # a smaller gain is not worth a changed model
+SMOOTH_WORTH_DB = 0.3  # ... and it must be beyond luck where all ranges change: 0.2 dB was, on other batches, gone
 EVERY = 3  # of the batches one in so many is kept from what is fitted to the others
 
 
@@ -26,8 +28,8 @@ EVERY = 3  # of the batches one in so many is kept from what is fitted to the ot
 class Correction:
     """What one correction did to the worst output's SNR on calibration batches (`graph.unsquashed`), and whether it was kept.
 
-    They are tried one on the other: `before` is with those that were kept before it. The codes of "scale" (`rounding.fit`)
-    and "gptq" come with the biases that go with them, if these help.
+    They are tried one on the other, "smooth" first: `before` is with those that were kept before it. The codes of "scale"
+    (`rounding.fit`) and "gptq" come with the biases that go with them, if these help.
     """
 
     name: str
@@ -44,9 +46,14 @@ class Corrected:
     paired: what the rule did to each layer, where the target asks for it.
     rounded: {weight initializer: its codes}, of every weight that is not rounded to nearest.
     shifted: whether biases take out the mean of the weights' rounding.
+    moved: the scales that moved through the prepared graph; None where they stayed.
+    ranges, means: those that were given, or of the graph with the scales moved.
     """
 
     int8: ir.Model
+    ranges: Ranges
+    means: Mapping[tuple[str, int], Array]
+    moved: Moved | None
     rounded: Mapping[str, Rounded]
     shifted: bool
     pair_rule: bool
@@ -74,28 +81,38 @@ def improve(
         QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
     """
     pairs = target.pairs_in_int16
-    nearest = rounding.under_pair_rule(model, plan)[0] if pairs else {}
     seen, unseen = apart(batches)
     expected = list(map(graph.runner(graph.unsquashed(model)), unseen))
 
-    def measured(rounded: Mapping[str, Rounded], corrected: ir.Model, shifted: bool) -> _Candidate:
-        int8 = quantize.to_int8(corrected, plan, ranges, rounded)
-        return _Candidate(rounded=rounded, shifted=shifted, int8=int8, snr_db=_snr_db(int8, expected, unseen))
+    def measured(ground: _Ground, rounded: Mapping[str, Rounded], corrected: ir.Model, shifted: bool) -> _Candidate:
+        int8 = quantize.to_int8(corrected, plan, ground.ranges, rounded)
+        snr_db = _snr_db(int8, expected, unseen)
+        return _Candidate(ground=ground, rounded=rounded, shifted=shifted, int8=int8, snr_db=snr_db)
+
+    def nearest(ground: _Ground) -> _Candidate:
+        rounded = rounding.under_pair_rule(ground.model, plan)[0] if pairs else {}
+        return measured(ground, rounded, ground.model, shifted=False)
 
     def with_bias(plain: _Candidate) -> _Candidate:
-        weights = quantize.weights(plain.int8)
-        return measured(plain.rounded, bias.correct(model, plan, means, weights), shifted=True)
+        ground, weights = plain.ground, quantize.weights(plain.int8)
+        corrected = bias.correct(ground.model, plan, ground.means, weights)
+        return measured(ground, plain.rounded, corrected, shifted=True)
 
-    def either(rounded: Mapping[str, Rounded]) -> _Candidate:
-        plain = measured(rounded, model, shifted=False)
+    def either(ground: _Ground, rounded: Mapping[str, Rounded]) -> _Candidate:
+        plain = measured(ground, rounded, ground.model, shifted=False)
         return max(with_bias(plain), plain, key=lambda each: each.snr_db)
 
     tried: list[Correction] = []
-    kept = measured(nearest, model, shifted=False)
+    kept = nearest(_Ground(model=model, ranges=ranges, means=means, moved=None))
+    smoothed = _smoothed(kept.ground, plan, seen, unseen, expected)
+    if smoothed is not None:
+        kept = _better("smooth", kept, nearest(smoothed), tried, SMOOTH_WORTH_DB)
+    ground = kept.ground
     kept = _better("bias", kept, with_bias(kept), tried)
-    kept = _better("scale", kept, either(rounding.at_best_scale(model, plan, pair_rule=pairs)), tried)
+    scales = rounding.at_best_scale(ground.model, plan, pair_rule=pairs)
+    kept = _better("scale", kept, either(ground, scales), tried)
     if seen:
-        kept = _better("gptq", kept, either(gptq.rounded(model, plan, seen, pair_rule=pairs)), tried)
+        kept = _better("gptq", kept, either(ground, gptq.rounded(ground.model, plan, seen, pair_rule=pairs)), tried)
     pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(kept.int8))
     if pairs and not pair_rule:
         raise QuantizeError(
@@ -104,10 +121,13 @@ def improve(
         )  # fmt: skip
     return Corrected(
         int8=kept.int8,
+        ranges=ground.ranges,
+        means=ground.means,
+        moved=ground.moved,
         rounded=kept.rounded,
         shifted=kept.shifted,
         pair_rule=pair_rule,
-        paired=rounding.effects(model, plan, kept.rounded) if pairs else (),
+        paired=rounding.effects(ground.model, plan, kept.rounded) if pairs else (),
         corrections=tuple(tried),
     )
 
@@ -122,7 +142,8 @@ def under(
 ) -> ir.Model:
     """The int8 graph of a plan with fewer int8 nodes than the corrected one, with the corrections that were kept.
 
-    Dynamic layers have the codes that they had in the corrected graph, whichever way these were rounded.
+    model is the prepared graph; ranges and means are those of `corrected`. Dynamic layers have the codes that they had in the
+    corrected graph, whichever way these were rounded.
     """
     int8, dynamic = set(plan.int8), set(plan.dynamic)
     read = {value.name for node in model.graph if node.name in int8 for value in node.inputs if value is not None}
@@ -133,20 +154,51 @@ def under(
 
 
 def source(model: ir.Model, plan: Plan, means: Mapping[tuple[str, int], Array], corrected: Corrected) -> ir.Model:
-    """The prepared graph with the biases that go with the corrected weights, of the layers that the plan has in integers."""
+    """The prepared graph with the scales moved, and the biases that go with the corrected weights of the layers that the
+    plan has in integers.
+    """
+    if corrected.moved is not None:
+        model = corrected.moved.graph(model)
     return bias.correct(model, plan, means, quantize.weights(corrected.int8)) if corrected.shifted else model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ground:
+    """The float graph to quantize, equal to the prepared one, and what calibration found of its tensors."""
+
+    model: ir.Model
+    ranges: Ranges
+    means: Mapping[tuple[str, int], Array]
+    moved: Moved | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Candidate:
+    ground: _Ground
     rounded: Mapping[str, Rounded]
     shifted: bool
     int8: ir.Model
     snr_db: float
 
 
-def _better(name: str, before: _Candidate, after: _Candidate, tried: list[Correction]) -> _Candidate:
-    kept = after.snr_db > before.snr_db + WORTH_DB
+def _smoothed(
+    ground: _Ground, plan: Plan, seen: Sequence[Batch], unseen: Sequence[Batch], expected: Sequence[Batch]
+) -> _Ground | None:
+    """The graph with the scales of `smooth` moved; None where nothing can move, or where float32 does not bear it."""
+    found = smooth.find(ground.model, plan, ground.ranges, seen, unseen)
+    if found is None:
+        return None
+    moved, ranges = found
+    model = moved.graph(ground.model)
+    if proof.difference(expected[0], graph.runner(graph.unsquashed(model))(unseen[0])):
+        return None
+    return _Ground(model=model, ranges=ranges, means=moved.means(ground.means), moved=moved)
+
+
+def _better(
+    name: str, before: _Candidate, after: _Candidate, tried: list[Correction], worth_db: float = WORTH_DB
+) -> _Candidate:
+    kept = after.snr_db > before.snr_db + worth_db
     tried.append(Correction(name=name, before_db=before.snr_db, after_db=after.snr_db, kept=kept))
     return after if kept else before
 
