@@ -58,7 +58,8 @@ class Choice:
 class Chosen:
     """ranges: method "auto". single_db: {method: SNR of the worst output, dB}, on batches that its ranges are not from.
 
-    best: the single method that was begun from. snr_db: with the chosen ranges. choices: of tensors that the int8 model has a range of.
+    best: the single method that was begun from. snr_db: with the chosen ranges. choices: of tensors whose range the int8 model
+    uses.
     """
 
     ranges: Ranges
