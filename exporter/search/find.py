@@ -46,7 +46,7 @@ from runtime.manifest import Budget
 COLLAPSED_DB = 12.0
 NAMED = 3  # groups that are told
 MOST_TIMED = 6  # plans that are timed as a whole
-DB_PER_PERCENT = 1.0  # of the outputs' SNR, that a percent of time must buy
+DB_PER_PERCENT = 0.5  # of the outputs' SNR, that a percent of time must buy
 # ... and dynamic layers: outputs that have the same bits elsewhere, and do not depend on what else is in the batch, are worth that
 DYNAMIC_DB = 1.0
 
