@@ -18,7 +18,7 @@ ones: what is compared is the rounding of activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +39,7 @@ EVALUATIONS = 48  # runs of the int8 model over the batches, at most
 PARTS = 8  # of the batches, each judged by itself
 HIGHEST_DB = 300.0  # stands for a model without error
 GROUPS = 8
-CLOSE_DB = 0.5  # methods that differ by less are alike
+CLOSE_DB = 0.5  # so much better must a method be than the first, which clips nothing
 SUFFIX = "_scale"  # as the quantizer names a tensor's scale; its zero point beside it
 
 
@@ -143,7 +143,7 @@ def choose(
 
     Args:
         int8: the prepared graph, quantized with the ranges of any of the methods.
-        given: {method: ranges} that may ship (`candidates`).
+        given: {method: ranges} that may ship (`candidates`), first the one that clips nothing.
         folds: `crossed`, with the same methods.
         evaluations: how many times the int8 model may be run over the batches, that of each method included.
     """
@@ -169,7 +169,8 @@ class _Search:
         self.single = {method: errors.snr_db for method, errors in found.items()}
         self.count = len(given)
         self.order = sorted(given, key=lambda method: -self.single[method])  # stable: the plainest first among equals
-        self.best = self._widest(m for m in self.order if self.single[m] > self.single[self.order[0]] - CLOSE_DB)
+        first, highest = next(iter(given)), self.order[0]
+        self.best = highest if self.single[highest] > self.single[first] + CLOSE_DB else first
         self.now, self.snr_db = found[self.best].parts_db, self.single[self.best]
         self.method = dict.fromkeys(names, self.best)
         self.gain: dict[str, tuple[float, int]] = {}
@@ -228,14 +229,6 @@ class _Search:
         return Errors(
             signal=np.concatenate([part.signal for part in parts]), noise=np.concatenate([part.noise for part in parts])
         )
-
-    def _widest(self, among: Iterable[str]) -> str:
-        """The method whose ranges are widest, by the mean of log width; the first among equals."""
-        widths = {
-            method: np.mean([np.log(max(each.high - each.low, 1e-30)) for each in self.given[method].tensors.values()])
-            for method in among
-        }
-        return max(widths, key=lambda method: float(widths[method]))
 
 
 def _ranges(given: Mapping[str, Ranges], trial: Mapping[str, str]) -> Ranges:

@@ -167,17 +167,17 @@ def test_single_batch_is_judged_by_its_own_ranges() -> None:
     assert fold.given["minmax"].to_json() == own["minmax"].to_json()
 
 
-@pytest.mark.parametrize(("noise", "best"), [(1.08, "wide"), (1.2, "narrow")])
-def test_of_methods_that_are_alike_the_widest_is_taken(noise: float, best: str) -> None:
+@pytest.mark.parametrize(("noise", "best"), [(1.08, "minmax"), (1.2, "mse")])
+def test_method_that_clips_nothing_is_taken_where_no_other_is_better_by_half_a_decibel(noise: float, best: str) -> None:
     """0.33 dB and 0.79 dB."""
-    ends = {"narrow": 1.0, "wide": 2.0}
+    ends = {"minmax": 2.0, "mse": 1.0}
     given = {
         name: Ranges(tensors={"x": Range(low=0.0, high=high, elements=1, masked=0)}, batches=4, method=name)
         for name, high in ends.items()
     }
 
     def measure(found: Ranges) -> auto.Errors:
-        wide = found.tensors["x"].high == ends["wide"]
+        wide = found.tensors["x"].high == ends["minmax"]
         return auto.Errors(signal=np.ones((4, 1)), noise=np.full((4, 1), noise if wide else 1.0))
 
     found = auto._Search(given, ["x"], [auto.Fold(given=given, measure=measure)])
