@@ -33,7 +33,7 @@ from exporter.target import Target
 from exporter.trace import Traced
 from runtime import cpu, gate, memory
 from runtime import manifest as manifests
-from runtime.bench import measure
+from runtime.bench import CPU_SECONDS, measure
 from runtime.bundle import load
 from runtime.explain import ADDED
 from runtime.gate import Line
@@ -151,7 +151,7 @@ def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, costs: Cos
 def timed(report: Report, out: Path, recipe: Recipe, drops: Sequence[Drop], evaluate: Evaluate | None) -> Report:
     """The report with what the shipped bundle does here, as on a device: its time, memory where a limit is on it, metrics."""
     bundle = load(out, threads=1)
-    timing, most = measure(bundle), recipe.budget.max_ram_bytes
+    timing, most = measure(bundle, clock=CPU_SECONDS), recipe.budget.max_ram_bytes
     lines = list(report.lines)
     found = None if most is None else memory.peak_bytes(bundle)
     if most is not None and found is not None:

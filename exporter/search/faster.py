@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import onnx_ir as ir
+from onnxruntime import InferenceSession
 
 from exporter import graph
 from exporter.batches import Batch
@@ -12,7 +14,7 @@ from exporter.search import costs as prices
 from exporter.search.costs import Costs
 from exporter.search.plans import NONE, STATIC, Choice, Plans
 from exporter.target import Target
-from runtime.bench import medians_ms
+from runtime.bench import CPU_SECONDS, medians_ms
 from runtime.session import open_session
 
 SAVED = 0.01  # share of the plan's predicted ms that a group of layers must save to be tried in float
@@ -49,10 +51,16 @@ def prove(plans: Plans, batch: Batch, target: Target, costs: Costs) -> tuple[str
 
 
 def ratio(int8: ir.Model, other: ir.Model, batch: Batch, target: Target) -> float:
-    """Time of the other model over that of the first: medians in turn, one thread, as the target's sessions run them."""
+    """Time of the other model over that of the first, in turn, one thread, as the target's sessions run them."""
     sessions = [open_session(graph.to_bytes(each), threads=1, entries=target.session) for each in (int8, other)]
-    feed = {value.name: batch[value.name] for value in sessions[0].get_inputs()}
-    turns = [lambda session=session: session.run(None, feed) for session in sessions]
-    once = math.fsum(medians_ms(turns, 1)) / 1e3
-    took = medians_ms(turns, max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / once))))
+    return over(*sessions, batch)
+
+
+def over(first: InferenceSession, other: InferenceSession, batch: Batch, most_seconds: float = SECONDS) -> float:
+    """Median time of the other session over that of the first, in turn, for about so many of the CPU's seconds."""
+    feed = {value.name: batch[value.name] for value in first.get_inputs()}
+    turns = [partial(each.run, None, feed) for each in (first, other)]
+    once = math.fsum(medians_ms(turns, 1, CPU_SECONDS)) / 1e3
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(most_seconds / max(once, 1e-6))))
+    took = medians_ms(turns, rounds, CPU_SECONDS)
     return took[1] / took[0]
