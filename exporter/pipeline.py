@@ -122,8 +122,9 @@ def _export(
     if drops and evaluate is not None:
         accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
     better = search.improve(
-        prepared.model, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts, caps, tell
-    )
+        prepared.model, prepared.reference, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts,
+        caps, tell,
+    )  # fmt: skip
     integer = {*better.plan.int8, *better.plan.dynamic}
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
     plan = better.plan.noted(found.notes).noted(paired)

@@ -190,6 +190,7 @@ def _searched(recipe: Recipe, better: Improved) -> Searched:
         announced=found.announced,
         evaluations=found.evaluations,
         costs=better.costs.where,
+        fp32_ms=None if better.costs.fp32 is None else better.costs.fp32 * found.first.ms,
     )
 
 

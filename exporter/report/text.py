@@ -72,7 +72,20 @@ def search(report: Report) -> str:
         done = f"{turned(chosen)}: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, {time}"
     else:
         done = f"the static plan stays, {first.snr_db:.1f} dB"
-    return "; ".join(filter(None, (done, _short(report), said)))
+    return "; ".join(filter(None, (done, _beside_fp32(report), _short(report), said)))
+
+
+def _beside_fp32(report: Report) -> str:
+    """How fast the plan was beside FP32 when the search timed it; plainly where it was slower. Empty where nothing was timed."""
+    found = report.search
+    if found.fp32_ms is None:
+        return ""
+    speed = f"{found.fp32_ms / found.chosen.ms:.2f}x as fast as FP32 when it was timed"
+    if found.chosen.ms <= found.fp32_ms:
+        return speed
+    if min(point.ms for point in found.points) > found.fp32_ms:
+        return f"{speed}: NO PLAN WITH AN INT8 LAYER IS FASTER"
+    return f"{speed}: a faster plan is not accurate enough"
 
 
 def turned(point: Point) -> str:

@@ -60,6 +60,7 @@ class Searched:
 
     first: the static plan. accepted: whether the chosen one meets the budget; reached: and the aim. capped: whether a cap ended
     the search. worst: the groups of layers in which most noise arises. costs: where the ms come from.
+    fp32_ms: of the FP32 model, as it was timed beside the static plan, in the ms of the plans; None where it was not.
     """
 
     aim_snr_db: float
@@ -74,6 +75,7 @@ class Searched:
     announced: int
     evaluations: int
     costs: str
+    fp32_ms: float | None
 
     @property
     def frontier(self) -> tuple[Point, ...]:

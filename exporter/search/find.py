@@ -57,7 +57,7 @@ class Goal:
 
     budget: limits on drift, which a plan must meet if any can.
     aim_snr_db: of the worst output; accuracy is bought until it is reached...
-    max_slower: ... or a plan would take more than 1 + max_slower times the ms of the fastest.
+    max_slower: ... or a plan would take more than 1 + max_slower times the ms of the fastest, or more than FP32.
     accepts: whether a model's function batch -> outputs is good enough by a measure of the caller's own; asked of plans that
         meet all else.
     max_evaluations, max_minutes: None is no cap.
@@ -119,7 +119,7 @@ class Problem:
     """What a search is about.
 
     plans: to choose from. batches: calibration batches to compare outputs on.
-    costs: from `costs.measure`, `costs.from_table` or a file. The same costs and batches find the same plan.
+    costs: from `faster.settle`, `costs.from_table` or a file. The same costs and batches find the same plan.
     ratio: the time of a plan's int8 graph over that of the static plan's, given the layers that are float, and those that are
         dynamic; None predicts.
     """
@@ -138,7 +138,7 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
     allowed = _allowed(goal, start)
     quick = Choice(floats=frozenset(problem.costs.faster) & frozenset(problem.plans.layers))
     if quick != STATIC and allowed(len(scores.points)):
-        scores.of(quick)
+        scores.timed(scores.of(quick), first)
     enough = any(map(scores.reached, list(scores.points.values())))
     dynamic = STATIC.with_dynamic(problem.plans.dynamic)
     if dynamic != STATIC and not enough and allowed(len(scores.points)):
@@ -156,7 +156,7 @@ def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
         each = tell.each(moves, f"search: {start_point.snr_db:.1f} dB, up to {announced} evaluations", len(moves))
         gains = [_gain(scores, base, move) for move in each if allowed(len(scores.points))]
         fastest = min(first, start_point, key=lambda point: point.ms)
-        _refine(scores, goal, fastest, _ranked(base.with_floats(quick.floats), start_point, gains), allowed)
+        _refine(scores, fastest, _ranked(base.with_floats(quick.floats), start_point, gains), allowed)
     chosen = _choose(scores, first)
     return Found(
         plan=_explained(problem, chosen, first),
@@ -242,6 +242,12 @@ class _Scores:
         if choice not in self.accepted:
             self.accepted[choice] = self.goal.accepts(graph.runner(self.problem.plans.int8(choice)))
         return self.accepted[choice]
+
+    def most_ms(self, fastest: Point) -> float:
+        """What accuracy may cost: a share of the fastest plan's time, and never more than FP32 takes, where that was timed."""
+        most = (1 + self.goal.max_slower) * fastest.ms
+        fp32 = self.problem.costs.fp32
+        return most if fp32 is None else min(most, max(fastest.ms, fp32 * self.points[STATIC].ms))
 
     def reached(self, point: Point) -> bool:
         return point.snr_db >= self.goal.aim_snr_db and self.accepts(point)
@@ -334,25 +340,20 @@ def _ranked(start: Choice, before: Point, gains: Sequence[_Gain]) -> list[Choice
     return prefixes
 
 
-def _refine(
-    scores: _Scores, goal: Goal, fastest: Point, prefixes: Sequence[Choice], allowed: Callable[[int], bool]
-) -> None:
+def _refine(scores: _Scores, fastest: Point, prefixes: Sequence[Choice], allowed: Callable[[int], bool]) -> None:
     """Score the first 1, 2, 4, ... moves until a plan is accurate enough or too slow, then between the last two."""
 
     def enough(size: int) -> bool:
         point = scores.of(prefixes[size - 1])
-        return scores.reached(point) or (scores.accepts(point) and _is_slow(point, fastest, goal))
+        return scores.reached(point) or (scores.accepts(point) and point.ms > most)
 
+    most = scores.most_ms(fastest)
     low, high = 0, min(1, len(prefixes))
     while high and allowed(len(scores.points)) and not enough(high) and high < len(prefixes):
         low, high = high, min(2 * high, len(prefixes))
     while high - low > 1 and allowed(len(scores.points)):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-
-
-def _is_slow(point: Point, fastest: Point, goal: Goal) -> bool:
-    return point.ms > (1 + goal.max_slower) * fastest.ms
 
 
 def _choose(scores: _Scores, first: Point) -> Point:
@@ -372,13 +373,14 @@ def _best(scores: _Scores, first: Point, points: Iterable[Point]) -> Point:
     every = sorted(points, key=lambda point: (point.ms, -point.snr_db))
     every = [point for point in every if len(point.float_layers) < len(scores.problem.plans.layers)] or [first]
     fastest = min(every[0], first, key=lambda point: point.ms)
+    most = scores.most_ms(fastest)
 
     def worth(point: Point) -> float:
         slower = point.ms / max(fastest.ms, 1e-9) - 1
         price = DB_PER_PERCENT * 100 * slower + (DYNAMIC_DB if point.dynamic_layers else 0.0)
         return min(point.snr_db, goal.aim_snr_db) - price
 
-    quick = sorted((point for point in every if not _is_slow(point, fastest, goal)), key=lambda each: -worth(each))
+    quick = sorted((point for point in every if point.ms <= most), key=lambda each: -worth(each))
     accepted = next((point for point in (*quick, *every) if scores.accepts(point)), None)
     return accepted or max(every, key=lambda point: point.snr_db)
 

@@ -49,6 +49,11 @@ class Caps:
     max_evaluations: int | None = None
     max_minutes: float | None = None
 
+    @property
+    def only_static(self) -> bool:
+        """Whether no other plan can ship: the first evaluation is of the static one."""
+        return self.max_evaluations is not None and self.max_evaluations <= 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Improved:
@@ -62,6 +67,7 @@ class Improved:
 
 def improve(
     model: ir.Model,
+    reference: ir.Model,
     plan: Plan,
     ranges: Ranges,
     means: Mapping[tuple[str, int], Array],
@@ -78,6 +84,7 @@ def improve(
 
     Args:
         model, plan, ranges, means, corrected: what `correct.improve` was given, and gave.
+        reference: the FP32 graph that ships, and that no plan should be slower than.
         target, recipe, shapes: as the plan was decided with.
         batches: calibration batches.
         accepts: see `Goal`.
@@ -92,8 +99,8 @@ def improve(
         plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
     source = partial(correct.source, model, means=means, corrected=corrected)
     plans = Plans(model, plan, plain, source, target, recipe.rules, shapes)
-    place = _place(model, plan, batches[0])
-    costs = _costs(plans, corrected.int8, batches[0], target, caps.costs, place, tell)
+    place = _place(model, plan, batches[0], caps.only_static)
+    costs = _costs(plans, corrected.int8, reference, batches[0], target, caps, place, tell)
     timed = dict(costs.timed)
 
     def ratio(float_layers: tuple[str, ...], dynamic_layers: tuple[str, ...], other: ir.Model) -> float:
@@ -137,11 +144,12 @@ def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps) -> Goal:
 
 
 def _costs(
-    plans: Plans, int8: ir.Model, batch: Batch, target: Target, given: Path | None, place: Path | None, tell: Progress
-) -> Costs:
+    plans: Plans, int8: ir.Model, reference: ir.Model, batch: Batch, target: Target, caps: Caps,
+    place: Path | None, tell: Progress,
+) -> Costs:  # fmt: skip
     """From the file; measured, if this machine is the target, and remembered, so that the next export finds the same plan."""
     model, plan = plans.model, plans.static
-    if given is not None:
+    if (given := caps.costs) is not None:
         try:
             text = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -155,7 +163,12 @@ def _costs(
     tell.stage("time every node in float and in int8")
     dynamic = plans.int8(STATIC.with_dynamic(plans.dynamic)) if plans.dynamic else None
     measured = prices.measure(model, plan, int8, batch, target, plans.shapes, dynamic)
-    measured = prices.settled(measured, faster.prove(plans, batch, target, measured))
+    if caps.only_static:
+        measured = prices.settled(measured, ())
+        _remember(measured, place)
+        return measured
+    fp32 = faster.fp32_ratio(int8, reference, batch, target)
+    measured = faster.settle(plans, measured, fp32, faster.beside(plans, batch, target), tell)
     _remember(measured, place)
     return measured
 
@@ -170,12 +183,23 @@ def _remember(costs: Costs, place: Path | None) -> None:
         os.replace(file.name, place)
 
 
-def _place(model: ir.Model, plan: Plan, batch: Batch) -> Path | None:
-    """Where the costs of this graph, plan and size of batch on this CPU are remembered; None where the cache is off."""
+def _place(model: ir.Model, plan: Plan, batch: Batch, only_static: bool) -> Path | None:
+    """Where the costs of this graph, plan and size of batch on this CPU are remembered; None where the cache is off.
+
+    only_static: without the times of whole models, which nothing reads then.
+    """
     folder = cache.place()
     if folder is None:
         return None
     sizes = str(sorted((name, array.shape) for name, array in batch.items()))
-    said = (prices.fingerprint(model), plan.to_text(), sizes, cpu.name(), cache.kind_of_cpu(), ort.__version__)
+    said = (
+        str(only_static),
+        prices.fingerprint(model),
+        plan.to_text(),
+        sizes,
+        cpu.name(),
+        cache.kind_of_cpu(),
+        ort.__version__,
+    )
     key = hashlib.sha256("\0".join(said).encode()).hexdigest()
     return folder.parent / FOLDER / f"{key}.json"

@@ -39,7 +39,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def export(path: Path, out: Path, calibration: object = None, heldout: object = None) -> exporter.Report:
     seen = batches(1, 6) if calibration is None else calibration
-    return exporter.export(exporter.from_onnx(path), VNNI, calibration=seen, heldout=heldout or batches(2, 2), out=out)
+    heldout = heldout or batches(2, 2)
+    return exporter.export(exporter.from_onnx(path), VNNI, seen, heldout, out=out, max_evaluations=1)
 
 
 def test_module_becomes_a_bundle_that_proves_itself(exported: Exported) -> None:
@@ -87,6 +88,7 @@ from tests import models
 exporter.export(
     models.source("residual"), exporter.load_recipe("x86-vnni"),
     calibration=models.batches("residual", 1, 4), heldout=models.batches("residual", 2, 3), out=sys.argv[1],
+    max_evaluations=1,
 )
 """
 
@@ -100,6 +102,7 @@ def test_exporting_again_in_this_process_and_in_another_gives_the_same_bytes(
         calibration=models.batches("residual", 1, 4),
         heldout=models.batches("residual", 2, 3),
         out=tmp_path / "here",
+        max_evaluations=1,
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path / "there")], cwd=root, check=True, capture_output=True)

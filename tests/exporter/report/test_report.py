@@ -167,3 +167,18 @@ def test_layer_inside_a_branch_is_listed_as_float_with_its_reason(tmp_path: Path
         ("inner", 4 * 4 * 36, "inside a branch or loop body, which is not quantized")
     ]
     assert report.integer_macs == pytest.approx(4 / 8)  # the first Conv reads four channels, one of them 0
+
+
+def test_search_says_how_fast_the_plan_was_beside_fp32_and_plainly_if_it_is_slower(exported: Exported) -> None:
+    report, first = exported.report, exported.report.search.first
+
+    def said(fp32_ms: float | None, ms: float) -> str:
+        chosen = replace(first, ms=ms)
+        points = (chosen, replace(first, ms=1.0))
+        found = replace(report.search, chosen=chosen, points=points, fp32_ms=fp32_ms)
+        return text.search(replace(report, search=found))
+
+    assert "FP32" not in said(None, 1.0)
+    assert "1.50x as fast as FP32 when it was timed;" in said(1.5, 1.0)
+    assert "0.90x as fast as FP32 when it was timed: NO PLAN WITH AN INT8 LAYER IS FASTER;" in said(0.9, 1.0)
+    assert "0.75x as fast as FP32 when it was timed: a faster plan is not accurate enough;" in said(1.5, 2.0)

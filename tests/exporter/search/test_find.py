@@ -318,3 +318,21 @@ def test_dynamic_layers_must_buy_a_decibel() -> None:
         found = search(given, replace(NO_LIMIT, aim_snr_db=static.snr_db + more, max_slower=0.05), Silent())
         assert len(found.chosen.dynamic_layers) == layers
         assert max(point.snr_db for point in found.points) > 30
+
+
+def test_accuracy_is_not_bought_beyond_the_time_of_fp32() -> None:
+    given = problem()
+    for fp32, layers in ((1.015, 1), (1.025, 2), (0.9, 0)):
+        costly = replace(given, costs=replace(given.costs, fp32=fp32))
+        found = search(costly, replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.1), Silent())
+        assert len(found.chosen.float_layers) == layers
+
+
+def test_plan_with_the_layers_that_are_faster_in_float_counts_with_its_own_time() -> None:
+    given = problem()
+    quick = costs.settled(given.costs, ("one", "four"))
+    timed = replace(given, costs=quick, ratio=lambda layers, dynamic, _: 0.9)
+    found = search(timed, replace(NO_LIMIT, aim_snr_db=-100.0), Silent())
+    assert found.chosen.float_layers == ("one", "four")
+    assert found.chosen.timed
+    assert found.chosen.ms == pytest.approx(3.6)
