@@ -88,6 +88,14 @@ class Searched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Took:
+    """Elapsed seconds of the search and of the whole models that it timed: as announced, and as it was."""
+
+    announced_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """asked: name, recipe, target. decided: the plan in numbers. measured: coverage, drift, sizes, time.
 
@@ -104,6 +112,7 @@ class Report:
 
     ram_bytes: what opening and running the model once adds to a process, where a limit asks for it; None like timing.
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
+    search_took: None like timing.
     scores: {metric: (FP32, int8)} of the user's evaluate(); empty like timing.
     """
 
@@ -144,6 +153,7 @@ class Report:
     lines: tuple[Line, ...]
     ram_bytes: int | None
     timing: Timing | None
+    search_took: Took | None
     scores: Mapping[str, tuple[float, float]]
 
     @property

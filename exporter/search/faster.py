@@ -22,7 +22,7 @@ from exporter.search import costs as prices
 from exporter.search.costs import Costs
 from exporter.search.plans import NONE, STATIC, Choice, Plans
 from exporter.target import Target
-from runtime.bench import CPU_SECONDS, medians_ms
+from runtime.bench import CPU_SECONDS, WARM_UP, medians_ms
 from runtime.session import NO_ENTRIES, open_session
 
 SAVED = 0.01  # share of the plan's predicted ms that a group of layers must save to be tried in float
@@ -92,7 +92,7 @@ def _by_models(
     tried = sorted(tried, key=partial(_ms, plans, costs))[:MOST_GLANCES]
     glanced: dict[frozenset[str], float] = {}
     end = clock() + most_seconds
-    for floats in tell.each(tried, "FP32 is as fast: time plans with fewer int8 layers", len(tried)):
+    for floats in tell.each(tried, "time plans with fewer int8 layers", len(tried)):
         if clock() < end:
             glanced[floats] = ratio(Choice(floats=floats), GLANCE_SECONDS)
     macs = {d.node: d.macs for d in plans.static.decisions}
@@ -151,9 +151,19 @@ def ratio(
     feed = {value.name: batch[value.name] for value in sessions[0].get_inputs()}
     turns = [partial(session.run, None, feed) for session in sessions]
     once = math.fsum(medians_ms(turns, 1, CPU_SECONDS)) / 1e3
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(once, 1e-6))))
-    int8_ms, other_ms = medians_ms(turns, rounds, CPU_SECONDS)
+    int8_ms, other_ms = medians_ms(turns, _rounds(once, seconds), CPU_SECONDS)
     return other_ms / int8_ms
+
+
+def _rounds(once: float, seconds: float) -> int:
+    """How often two models are run that take `once` together."""
+    return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(once, 1e-6))))
+
+
+def takes_seconds(static_ms: float) -> float:
+    """About what it takes to time a plan beside the static one."""
+    once = 2 * static_ms / 1e3
+    return once * (2 * WARM_UP + 1 + _rounds(once, SECONDS))
 
 
 def fp32_ratio(int8: ir.Model, fp32: ir.Model, batch: Batch, target: Target) -> float:

@@ -16,7 +16,7 @@ import exporter
 import runtime
 from exporter import trace
 from exporter.errors import CalibrationError, RecipeError
-from exporter.recipe import parse
+from exporter.recipe import limited, parse
 from runtime import BundleError
 from runtime import manifest as manifests
 from runtime.explain import explain
@@ -299,6 +299,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         heldout=batches(2, 1),
         out=tmp_path / "b",
         progress=Listener(),
+        max_evaluations=1,
     )
     # "time" once a model: costs are remembered
     assert [word for text in told if (word := text.split()[0]) != "time"] == [
@@ -308,6 +309,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         "calibrate",
         "choose",
         "quantize,",
+        "search",
         "measure",
         "write",
         "write",
@@ -367,3 +369,21 @@ def test_bundle_of_dynamic_layers_needs_no_range_and_runs_as_its_ort_file_does(t
     assert verdict.met and not bundle.manifest.exact_on
     explained = explain(bundle).nodes
     assert {each.planned.precision for each in explained if each.planned and each.kernel.integer} == {"dynamic"}
+
+
+def test_metric_that_evaluate_does_not_return_is_refused_before_calibration(onnx_file: Path, tmp_path: Path) -> None:
+    asked = limited(VNNI, {"metric_drops": ["topp1 drop<=0.5%"]})
+
+    def never() -> Batches:
+        yield from itertools.islice(batches(1, 9), 1)
+        pytest.fail("calibration has begun")
+
+    with pytest.raises(RecipeError, match="did you mean 'top1'"):
+        exporter.export(
+            exporter.from_onnx(onnx_file),
+            asked,
+            never(),
+            batches(2, 2),
+            tmp_path / "b",
+            evaluate=lambda run: {"top1": 1.0},
+        )
