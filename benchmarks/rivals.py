@@ -32,7 +32,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,10 @@ import onnxruntime
 
 import exporter
 from benchmarks import models, rival_tools
-from benchmarks.speed import Batch, Call, Model, in_turn, seconds
+from benchmarks.speed import Batch, Model
 from exporter import graph, trace
 from runtime import bundle, cpu, drift
+from runtime.bench import in_turn, seconds
 from runtime.errors import PacklightError
 from runtime.kernels import trace as profile
 from runtime.session import NO_ENTRIES, open_session
@@ -52,6 +53,7 @@ RIVALS = ("ort", "optimum", "nncf")
 OPENVINO, OURS = "openvino", "packlight"
 TOOLS = (*RIVALS, OPENVINO, OURS)
 CALIBRATION, HELDOUT = 32, 16
+Call = Callable[[], float]  # runs a model once, and says how many seconds it took
 SUFFIX = {OPENVINO: "xml", OURS: "bundle"}
 WORKER = Path(rival_tools.__file__)
 
@@ -187,7 +189,7 @@ def compare(name: str, folder: Path, tools: Sequence[str], rounds: int, python: 
 
 def _call(model: Model, batch: Batch, clock: str) -> Call:
     session = open_session(model.path, threads=1, entries=model.entries)
-    return partial(seconds, session, batch, rival_tools.CLOCKS[clock])
+    return partial(seconds, partial(session.run, None, dict(batch)), rival_tools.CLOCKS[clock])
 
 
 def over_best(results: Sequence[Result]) -> tuple[float, str]:

@@ -23,11 +23,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,16 +39,15 @@ import exporter
 from exporter import target
 from exporter.source import from_file
 from runtime import cpu, drift
+from runtime.bench import medians_ms
 from runtime.kernels import trace
 from runtime.session import NO_ENTRIES, open_session
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 NAMES = ("digits", "lite0", "minilm")
 TARGETS = ("portable", "x86-vnni")
-WARM_UP = 3
 
 Batch = Mapping[str, np.ndarray]
-Call = Callable[[], float]  # seconds: what one run of a model took, or a clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,28 +112,10 @@ def _pre_process(fp32: Path, out: Path) -> None:
         quant_pre_process(fp32, out, skip_symbolic_shape=True)
 
 
-def medians_ms(models: Sequence[Model], batch: Batch, rounds: int) -> list[float]:
+def times_ms(models: Sequence[Model], batch: Batch, rounds: int) -> list[float]:
     """Median milliseconds of each model, taken in turn."""
     sessions = [open_session(model.path, threads=1, entries=model.entries) for model in models]
-    return in_turn([partial(seconds, session, batch) for session in sessions], rounds)
-
-
-def seconds(session: onnxruntime.InferenceSession, batch: Batch, clock: Call = time.perf_counter) -> float:
-    """How long one run of a bare session takes."""
-    start = clock()
-    session.run(None, dict(batch))
-    return clock() - start
-
-
-def in_turn(calls: Sequence[Call], rounds: int) -> list[float]:
-    """Median milliseconds of each call, made in turn."""
-    times: list[list[float]] = [[] for _ in calls]
-    for number in range(WARM_UP + rounds):
-        for call, taken in zip(calls, times, strict=True):
-            took = call()
-            if number >= WARM_UP:
-                taken.append(took)
-    return [statistics.median(taken) * 1e3 for taken in times]
+    return medians_ms([partial(session.run, None, dict(batch)) for session in sessions], rounds)
 
 
 def snr_db(model: Model, reference: Model, heldout: Sequence[Batch]) -> float:
@@ -154,7 +133,7 @@ def compare(name: str, rounds: int) -> None:
     """Print the table of one sample."""
     with tempfile.TemporaryDirectory(prefix="packlight-speed-") as folder:
         models, heldout = made(name, Path(folder))
-        times = medians_ms(models, heldout[0], rounds)
+        times = times_ms(models, heldout[0], rounds)
         shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in heldout[0].items())
         print(f"\n{name}: {shapes}; fp32 {times[0]:.2f} ms, {rounds} rounds, {len(heldout)} held-out batches")
         print(f"{'':<12}{'speed':>7}{'SNR dB':>9}{'integer':>10}{'size':>8}")

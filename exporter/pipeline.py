@@ -106,6 +106,11 @@ def _export(
     tell.stage("rewrite the graph so that it quantizes well")
     prepared = prepare.to_quantizable(traced.model, split.first)
 
+    accepts = None
+    if drops and evaluate is not None:  # before calibration: a metric that it does not return is refused
+        tell.stage("evaluate FP32 by the model's own metrics")
+        accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
+
     tell.stage("decide what runs in integers")
     shapes = graph.shapes(prepared.model, split.first)
     plan = place.decide(prepared.model, cpu, recipe.rules, shapes)
@@ -118,23 +123,10 @@ def _export(
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
 
     few = split.kept[:COMPARED]
-    accepts = None
-    if drops and evaluate is not None:
-        accepts = budget.acceptable(drops, evaluate, graph.runner(prepared.reference))
     better = search.improve(
-        prepared.model,
-        plan,
-        corrected.ranges,
-        corrected.means,
-        corrected,
-        cpu,
-        recipe,
-        shapes,
-        few,
-        accepts,
-        caps,
-        tell,
-    )
+        prepared.model, prepared.reference, plan, corrected.ranges, corrected.means, corrected, cpu, recipe, shapes, few, accepts,
+        caps, tell,
+    )  # fmt: skip
     integer = {*better.plan.int8, *better.plan.dynamic}
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
     plan = better.plan.noted(found.notes).noted(paired)
@@ -176,4 +168,4 @@ def _export(
     tell.stage("write the bundle, load it, time it")
     files = report.files(made, recipe, plan, corrected.ranges, better.costs, models)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
-    return report.timed(made, out, recipe, drops, evaluate)
+    return report.timed(made, out, recipe, drops, evaluate, better.found)

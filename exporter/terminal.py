@@ -1,4 +1,4 @@
-"""The progress of an export on a terminal: a spinner for each stage; bar, samples per second and time left of what is counted."""
+"""The progress of an export on a terminal: a spinner for each stage; bar, time left and, of batches, samples per second."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         samples = task.fields["samples"]
+        if samples is None:
+            return Text("")
         if task.finished_time:
             rate = samples / task.finished_time
         elif task.speed and task.completed:
@@ -62,7 +64,7 @@ class _Line(ProgressColumn):
 
 
 class Terminal:
-    """Draws the stages on stderr: a spinner and the stage's name, and a bar where batches are counted."""
+    """Draws the stages on stderr: a spinner and the stage's name, and a bar where batches or plans are counted."""
 
     def __init__(self) -> None:
         self._console = _console()
@@ -95,12 +97,12 @@ class Terminal:
         self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
     ) -> Iterator[T]:
         self._end()
-        bar = self._bars.add_task(text, total=total, samples=0)
+        bar = self._bars.add_task(text, total=total, samples=None if samples is None else 0)
         count = seen = 0
         for count, item in enumerate(items, start=1):
             yield item
-            seen += 1 if samples is None else samples(item)
-            self._bars.update(bar, completed=count, samples=seen)
+            seen += 0 if samples is None else samples(item)
+            self._bars.update(bar, completed=count, samples=None if samples is None else seen)
         self._bars.update(bar, total=count)
 
     def _end(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +18,9 @@ from runtime.errors import PacklightError
 from runtime.session import open_session
 
 WARM_UP = 2
+# Seconds of the CPU on this thread: what a session of one thread takes, however busy the machine is. On Windows they come in
+# steps of 16 ms.
+CPU_SECONDS = time.perf_counter if sys.platform == "win32" else time.thread_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +39,8 @@ class Timing:
     onnxruntime: str
 
 
-def measure(bundle: Bundle, rounds: int = 30) -> Timing:
-    """Time a bundle: A B A B ..., `rounds` times each, medians.
+def measure(bundle: Bundle, rounds: int = 30, clock: Callable[[], float] = time.perf_counter) -> Timing:
+    """Time a bundle: A B A B ..., `rounds` times each, medians, by a clock that gives seconds.
 
     FP32 runs as ONNX Runtime would run it by itself, without the session entries that the manifest asks for int8.
 
@@ -49,7 +54,7 @@ def measure(bundle: Bundle, rounds: int = 30) -> Timing:
     if (reference := bundle.path / manifests.FP32).exists():
         session = open_session(reference, threads=bundle.threads, providers=bundle.providers)
         turns.append(lambda: session.run(None, feed))
-    medians = medians_ms(turns, rounds)
+    medians = medians_ms(turns, rounds, clock)
     int8_ms, fp32_ms = medians[0], medians[1] if len(medians) > 1 else None
     return Timing(
         int8_ms=int8_ms,
@@ -62,13 +67,26 @@ def measure(bundle: Bundle, rounds: int = 30) -> Timing:
     )
 
 
-def medians_ms(turns: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Milliseconds of one call of each, taken in turn: A B A B ..., medians over the rounds."""
-    times: list[list[float]] = [[] for _ in turns]
+def medians_ms(
+    turns: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Milliseconds of one call of each, taken in turn: A B A B ..., medians over the rounds, by a clock that gives seconds."""
+    return in_turn([partial(seconds, turn, clock) for turn in turns], rounds)
+
+
+def seconds(turn: Callable[[], object], clock: Callable[[], float]) -> float:
+    """How long one call takes."""
+    start = clock()
+    turn()
+    return clock() - start
+
+
+def in_turn(calls: Sequence[Callable[[], float]], rounds: int) -> list[float]:
+    """Median milliseconds of calls that say how many seconds they took, made in turn."""
+    times: list[list[float]] = [[] for _ in calls]
     for number in range(WARM_UP + rounds):
-        for turn, taken in zip(turns, times, strict=True):
-            start = time.perf_counter()
-            turn()
+        for call, taken in zip(calls, times, strict=True):
+            took = call()
             if number >= WARM_UP:
-                taken.append(time.perf_counter() - start)
+                taken.append(took)
     return [float(np.median(taken)) * 1e3 for taken in times]

@@ -46,6 +46,7 @@ DIGEST_BYTES = 32
 COUNT_BYTES = 4
 LIMIT_BYTES = 1 << 30
 LEFT_BEHIND_SECONDS = 3600  # a temporary file this old is one of a process that was killed
+MAKERS = ("observe.py", "statistics.py", "histogram.py")  # of statistics
 VARIABLE = "PACKLIGHT_CACHE"
 OFF = "off"
 
@@ -94,19 +95,19 @@ def run_key(
     asked = {
         "layout": MAGIC.decode(),
         "versions": versions(),
-        "code": _code().hex(),
+        "code": code(Path(__file__).with_name(name) for name in MAKERS).hex(),
         "cpus": sorted(cpus) or [kind_of_cpu()],
         "calibrate": dict(table),
         "tensors": list(tensors),
         "channels": [list(key) for key in channels],
         "histograms": histograms,
     }
-    return _hash(json.dumps(asked, sort_keys=True, allow_nan=False).encode(), graph.to_bytes(model))
+    return digest_of(json.dumps(asked, sort_keys=True, allow_nan=False).encode(), graph.to_bytes(model))
 
 
 def chunk_key(run: bytes, batches: Sequence[Batch], start: int) -> str:
     """The name of the statistics of these batches, of which the first has the number `start`."""
-    return _hash(run, str(start).encode(), *(digest(batch).encode() for batch in batches)).hex()
+    return digest_of(run, str(start).encode(), *(digest(batch).encode() for batch in batches)).hex()
 
 
 def read(folder: Path, key: str, note: Note) -> tuple[tuple[str, ...], Statistics] | None:
@@ -145,30 +146,39 @@ def write(folder: Path, keys: Sequence[str], made: Statistics) -> int:
         OSError: the disk is full, or not ours to write to.
     """
     body = len(keys).to_bytes(COUNT_BYTES, "big") + bytes.fromhex("".join(keys)) + statistics.to_bytes(made)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # statistics tell something about the data
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+    put(folder / (keys[0] + SUFFIX), MAGIC + hashlib.sha256(body).digest() + body)
+    return len(MAGIC) + DIGEST_BYTES + len(body)
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file of the cache under another name, and rename it: at no time is there half of it.
+
+    Raises:
+        OSError: the disk is full, or not ours to write to.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is kept tells something about the data
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     try:
         with open(handle, "wb") as file:
-            file.write(MAGIC + hashlib.sha256(body).digest() + body)
-        os.replace(name, folder / (keys[0] + SUFFIX))
+            file.write(content)
+        os.replace(name, path)
     except BaseException:  # Ctrl-C too
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    return len(MAGIC) + DIGEST_BYTES + len(body)
 
 
-def evict(folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+def evict(folder: Path, limit_bytes: int = LIMIT_BYTES, suffix: str = SUFFIX) -> None:
     """Remove what was used longest ago until `limit_bytes` are left, and what killed processes left behind.
 
-    Another process may do the same at the same time: a file that is gone already is fine.
+    Of the files with that suffix. Another process may do the same at the same time: a file that is gone already is fine.
     """
     kept: list[tuple[float, int, Path]] = []
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             with contextlib.suppress(OSError):
                 stat = path.stat()
-                if path.suffix == SUFFIX:
+                if path.suffix == suffix:
                     kept.append((stat.st_mtime, stat.st_size, path))
                 elif path.suffix == ".tmp" and time.time() - stat.st_mtime > LEFT_BEHIND_SECONDS:
                     path.unlink()
@@ -188,13 +198,12 @@ def remove(folder: Path, keys: Iterable[str]) -> None:
             (folder / (key + SUFFIX)).unlink()
 
 
-def _code() -> bytes:
-    """Of the modules that make statistics: while packlight is being changed, its version is not."""
-    files = (Path(__file__).with_name(name) for name in ("observe.py", "statistics.py", "histogram.py"))
-    return _hash(*(file.read_bytes() for file in files if file.is_file()))
+def code(files: Iterable[Path]) -> bytes:
+    """Of the modules that make what is kept: while packlight is being changed, its version is not."""
+    return digest_of(*(file.read_bytes() for file in files if file.is_file()))
 
 
-def _hash(*parts: bytes) -> bytes:
+def digest_of(*parts: bytes) -> bytes:
     """SHA-256 over parts and their lengths: other parts, or cut otherwise, are another hash."""
     sha = hashlib.sha256()
     for part in parts:

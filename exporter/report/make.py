@@ -24,8 +24,8 @@ from exporter.place import Plan
 from exporter.prepare import Prepared
 from exporter.recipe import Recipe
 from exporter.report import html
-from exporter.report.value import FloatLayer, KernelCount, Node, Report, Searched
-from exporter.search import Improved
+from exporter.report.value import FloatLayer, KernelCount, Node, Report, Searched, Took
+from exporter.search import Found, Improved
 from exporter.search.costs import Costs
 from exporter.shrink import Shrunk
 from exporter.source import Source
@@ -33,7 +33,7 @@ from exporter.target import Target
 from exporter.trace import Traced
 from runtime import cpu, gate, memory
 from runtime import manifest as manifests
-from runtime.bench import measure
+from runtime.bench import CPU_SECONDS, measure
 from runtime.bundle import load
 from runtime.explain import ADDED
 from runtime.gate import Line
@@ -101,6 +101,7 @@ def make(
         lines=lines,
         ram_bytes=None,
         timing=None,
+        search_took=None,
         scores={},
     )
 
@@ -148,14 +149,19 @@ def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, costs: Cos
     }
 
 
-def timed(report: Report, out: Path, recipe: Recipe, drops: Sequence[Drop], evaluate: Evaluate | None) -> Report:
-    """The report with what the shipped bundle does here, as on a device: its time, memory where a limit is on it, metrics."""
+def timed(
+    report: Report, out: Path, recipe: Recipe, drops: Sequence[Drop], evaluate: Evaluate | None, found: Found
+) -> Report:
+    """The report with what the search took here, and what the shipped bundle does, as on a device: its time, memory where a
+
+    limit is on it, metrics.
+    """
     bundle = load(out, threads=1)
-    timing, most = measure(bundle), recipe.budget.max_ram_bytes
+    timing, most = measure(bundle, clock=CPU_SECONDS), recipe.budget.max_ram_bytes
     lines = list(report.lines)
-    found = None if most is None else memory.peak_bytes(bundle)
-    if most is not None and found is not None:
-        lines.append(gate.line("max_ram_bytes", float(found), most))
+    ram = None if most is None else memory.peak_bytes(bundle)
+    if most is not None and ram is not None:
+        lines.append(gate.line("max_ram_bytes", float(ram), most))
     if recipe.budget.min_speedup is not None and timing.ratio is not None:
         lines.append(gate.line("speedup", timing.ratio, recipe.budget.min_speedup))
     scores = {} if evaluate is None else _scores(out, evaluate)
@@ -163,7 +169,8 @@ def timed(report: Report, out: Path, recipe: Recipe, drops: Sequence[Drop], eval
         fp32, int8 = scores[drop.metric]
         lines.append(Line(what=str(drop), found=int8, limit=drop.least(fp32), met=drop.allows(fp32, int8)))
     met = all(line.met for line in lines)
-    return replace(report, timing=timing, ram_bytes=found, scores=scores, lines=tuple(lines), met=met)
+    took = Took(announced_seconds=found.announced_seconds, seconds=found.seconds)
+    return replace(report, timing=timing, search_took=took, ram_bytes=ram, scores=scores, lines=tuple(lines), met=met)
 
 
 def _scores(out: Path, evaluate: Evaluate) -> dict[str, tuple[float, float]]:
@@ -190,6 +197,7 @@ def _searched(recipe: Recipe, better: Improved) -> Searched:
         announced=found.announced,
         evaluations=found.evaluations,
         costs=better.costs.where,
+        fp32_ms=None if better.costs.fp32 is None else better.costs.fp32 * found.first.ms,
     )
 
 

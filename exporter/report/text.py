@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from exporter.search import minutes
+
 if TYPE_CHECKING:
     from exporter.mobile import Usability
     from exporter.report.value import Report
@@ -66,13 +68,37 @@ def search(report: Report) -> str:
     """What the search did, and what stands in the way where it did not get there."""
     found = report.search
     first, chosen = found.first, found.chosen
-    said = f"{found.evaluations} evaluation{'s' if found.evaluations != 1 else ''} on calibration data, costs {found.costs}"
+    said = f"{_effort(report)} on calibration data, costs {found.costs}"
     if chosen.float_layers or chosen.dynamic_layers:
         time = f"{100 * (chosen.ms / first.ms - 1):+.1f} % {'time' if chosen.timed else 'predicted time'}"
         done = f"{turned(chosen)}: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, {time}"
     else:
         done = f"the static plan stays, {first.snr_db:.1f} dB"
-    return "; ".join(filter(None, (done, _short(report), said)))
+    return "; ".join(filter(None, (done, _beside_fp32(report), _short(report), said)))
+
+
+def _effort(report: Report) -> str:
+    """How many evaluations there were, and how long they took; what was announced beside both, where many were."""
+    found, took = report.search, report.search_took
+    told = f"{found.evaluations} evaluation{'s' if found.evaluations != 1 else ''}"
+    if found.announced == found.evaluations:
+        return told if took is None else f"{told} in {minutes(took.seconds)}"
+    if took is None:
+        return f"{told} ({found.announced} announced)"
+    return f"{told} in {minutes(took.seconds)} (announced: {found.announced} in {minutes(took.announced_seconds)})"
+
+
+def _beside_fp32(report: Report) -> str:
+    """How fast the plan was beside FP32 when the search timed it; plainly where it was slower. Empty where nothing was timed."""
+    found = report.search
+    if found.fp32_ms is None:
+        return ""
+    speed = f"{found.fp32_ms / found.chosen.ms:.2f}x as fast as FP32 when it was timed"
+    if found.chosen.ms <= found.fp32_ms:
+        return speed
+    if min(point.ms for point in found.points) > found.fp32_ms:
+        return f"{speed}: NO PLAN WITH AN INT8 LAYER IS FASTER"
+    return f"{speed}: a faster plan is not accurate enough"
 
 
 def turned(point: Point) -> str:

@@ -60,6 +60,7 @@ class Searched:
 
     first: the static plan. accepted: whether the chosen one meets the budget; reached: and the aim. capped: whether a cap ended
     the search. worst: the groups of layers in which most noise arises. costs: where the ms come from.
+    fp32_ms: of the FP32 model, as it was timed beside the static plan, in the ms of the plans; None where it was not.
     """
 
     aim_snr_db: float
@@ -74,6 +75,7 @@ class Searched:
     announced: int
     evaluations: int
     costs: str
+    fp32_ms: float | None
 
     @property
     def frontier(self) -> tuple[Point, ...]:
@@ -83,6 +85,14 @@ class Searched:
     def plot(self, width: int, height: int) -> plot.Plot:
         """All points as dots in a picture of that size."""
         return plot.scatter(self.points, self.frontier, self.chosen, width, height)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Took:
+    """Elapsed seconds of the search and of the whole models that it timed: as announced, and as it was."""
+
+    announced_seconds: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +112,7 @@ class Report:
 
     ram_bytes: what opening and running the model once adds to a process, where a limit asks for it; None like timing.
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
+    search_took: None like timing.
     scores: {metric: (FP32, int8)} of the user's evaluate(); empty like timing.
     """
 
@@ -142,6 +153,7 @@ class Report:
     lines: tuple[Line, ...]
     ram_bytes: int | None
     timing: Timing | None
+    search_took: Took | None
     scores: Mapping[str, tuple[float, float]]
 
     @property

@@ -1,6 +1,7 @@
 """Plan + measured error + measured ms -> the cheapest plan that is accurate enough."""
 
-from exporter.search.find import Found, Goal, Point, Problem, frontier, search
+from exporter.search.find import Found, minutes, search
 from exporter.search.improve import Caps, Improved, improve
+from exporter.search.score import Goal, Point, Problem, frontier
 
-__all__ = ["Caps", "Found", "Goal", "Improved", "Point", "Problem", "frontier", "improve", "search"]
+__all__ = ["Caps", "Found", "Goal", "Improved", "Point", "Problem", "frontier", "improve", "minutes", "search"]

@@ -33,7 +33,7 @@ from runtime.explain import ADDED
 from runtime.kernels import Kernel, trace
 from runtime.manifest import canonical
 
-FORMAT = 2
+FORMAT = 3
 RUNS = 10
 ENOUGH_ELEMENTS = 20_000  # below it what a crossing takes is its fixed cost
 
@@ -64,6 +64,7 @@ class Costs:
     nodes: of the static plan's int8 nodes and dynamic layers; others are float in every plan.
     where: the CPU and ONNX Runtime that were timed, or the target's table ("predicted").
     timed: {`name_of` a plan: time of its int8 model over that of the static plan's}.
+    fp32: the same of the FP32 model; None where it was not timed.
     faster: layers that together make the whole model faster in float, as timed; others are taken to be no faster in float.
     quantize_ns, dequantize_ns: of an element of a tensor that crosses; crossing_ns: of either, whatever its size.
     """
@@ -75,6 +76,7 @@ class Costs:
     nodes: Mapping[str, NodeCost]
     faster: tuple[str, ...]
     timed: Mapping[str, float]
+    fp32: float | None
     quantize_ns: float
     dequantize_ns: float
     crossing_ns: float
@@ -144,6 +146,7 @@ def measure(
         nodes=found,
         faster=(),
         timed={},
+        fp32=None,
         quantize_ns=quantize,
         dequantize_ns=_per_element(crossing[DEQUANTIZE], target.dequantize_ns * quantize / target.quantize_ns),
         crossing_ns=target.crossing_ns,
@@ -208,6 +211,7 @@ def from_table(model: ir.Model, plan: Plan, target: Target, shapes: Mapping[str,
         },
         faster=(),
         timed={},
+        fp32=None,
         quantize_ns=target.quantize_ns,
         dequantize_ns=target.dequantize_ns,
         crossing_ns=target.crossing_ns,

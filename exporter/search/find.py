@@ -17,7 +17,7 @@
 6. What kernels take by themselves leaves out what a change of layout costs their neighbours. So the plan that seems best is
    timed as a whole beside the static one, where the target is this machine, and counts with that time; then the next.
 
-The number of evaluations is known beforehand but for the halving.
+The number of evaluations is known beforehand but for the halving, and what they take by the first of them: both are told.
 
 Source: sensitivity by one layer at a time, Cai et al. 2020, arXiv 2001.00281, section 3; greedy by gain over cost is the
 classic bound of the knapsack.
@@ -27,60 +27,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import onnx_ir as ir
-
-from exporter import graph
-from exporter.batches import Batch
-from exporter.budget import Accepts
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.search import costs
-from exporter.search.costs import Costs
-from exporter.search.plans import STATIC, Choice, Plans
-from runtime import drift, gate
-from runtime.manifest import Budget
+from exporter.search.memory import Memory
+from exporter.search.plans import STATIC, Choice
+from exporter.search.score import DYNAMIC_DB, Goal, Point, Problem, Scores, choice_of
 
 COLLAPSED_DB = 12.0
 NAMED = 3  # groups that are told
 MOST_TIMED = 6  # plans that are timed as a whole
+USUALLY_TIMED = 2  # of them, for what is announced
 DB_PER_PERCENT = 0.5  # of the outputs' SNR, that a percent of time must buy
-# ... and dynamic layers: outputs that have the same bits elsewhere, and do not depend on what else is in the batch, are worth that
-DYNAMIC_DB = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Goal:
-    """What is asked of a plan.
-
-    budget: limits on drift, which a plan must meet if any can.
-    aim_snr_db: of the worst output; accuracy is bought until it is reached...
-    max_slower: ... or a plan would take more than 1 + max_slower times the ms of the fastest.
-    accepts: whether a model's function batch -> outputs is good enough by a measure of the caller's own; asked of plans that
-        meet all else.
-    max_evaluations, max_minutes: None is no cap.
-    """
-
-    budget: Budget
-    aim_snr_db: float
-    max_slower: float
-    accepts: Accepts | None = None
-    max_evaluations: int | None = None
-    max_minutes: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One plan that was evaluated: its float and dynamic layers, error, and ms, predicted or as the whole model was timed."""
-
-    float_layers: tuple[str, ...]
-    dynamic_layers: tuple[str, ...] = ()
-    snr_db: float
-    ms: float
-    met: bool
-    timed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +50,8 @@ class Found:
 
     first: the static plan. accepted: whether the chosen one meets the budget; reached: and the aim.
     capped: whether a cap ended the search. worst: the groups of layers in which most of the static plan's noise arises.
-    announced: evaluations that were announced, all counted; evaluations: those there were. seconds: of the search.
+    announced: evaluations that were announced, all counted; evaluations: those there were.
+    announced_seconds, seconds: elapsed time of the search and of the whole models that it times, as announced and as it was.
     """
 
     plan: Plan
@@ -102,153 +64,133 @@ class Found:
     points: tuple[Point, ...]
     announced: int
     evaluations: int
+    announced_seconds: float
     seconds: float
 
 
-def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
-    """The points that no other beats in both error and ms, fastest first."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda each: (each.ms, -each.snr_db)):
-        if not best or point.snr_db > best[-1].snr_db:
-            best.append(point)
-    return tuple(best)
+def search(
+    problem: Problem,
+    goal: Goal,
+    tell: Progress,
+    memory: Memory | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """Turn layers of the plan float or dynamic until it is accurate enough, or as accurate as its speed allows.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Problem:
-    """What a search is about.
-
-    plans: to choose from. batches: calibration batches to compare outputs on.
-    costs: from `costs.measure`, `costs.from_table` or a file. The same costs and batches find the same plan.
-    ratio: the time of a plan's int8 graph over that of the static plan's, given the layers that are float, and those that are
-        dynamic; None predicts.
+    memory: what a search of the same problem and goal has found out before, and where this one keeps what it does.
+    clock: elapsed seconds, for the cap on minutes, and for what is announced.
     """
-
-    plans: Plans
-    batches: Sequence[Batch]
-    costs: Costs
-    ratio: Callable[[tuple[str, ...], tuple[str, ...], ir.Model], float] | None = None
-
-
-def search(problem: Problem, goal: Goal, tell: Progress) -> Found:
-    """Turn layers of the plan float or dynamic until it is accurate enough, or as accurate as its speed allows."""
-    scores = _Scores(problem, goal)
-    start = time.monotonic()
+    start = clock()
+    tell.stage("search for a plan")
+    scores = Scores(problem, goal, memory or Memory(), clock)
     first = scores.of(STATIC)
-    allowed = _allowed(goal, start)
+    in_time = _in_time(goal, clock, start)
+    allowed = _allowed(goal, scores, in_time)
     quick = Choice(floats=frozenset(problem.costs.faster) & frozenset(problem.plans.layers))
-    if quick != STATIC and allowed(len(scores.points)):
-        scores.of(quick)
+    if quick != STATIC and allowed():
+        scores.timed(scores.of(quick), first)
     enough = any(map(scores.reached, list(scores.points.values())))
     dynamic = STATIC.with_dynamic(problem.plans.dynamic)
-    if dynamic != STATIC and not enough and allowed(len(scores.points)):
+    if dynamic != STATIC and not enough and allowed():
         scores.learn(dynamic, first)
         enough = scores.reached(_best(scores, first, scores.points.values()))
     base, moves = STATIC, list[_Move]()
-    if not enough and allowed(len(scores.points)):
+    if not enough and allowed():
         base, moves = _moves(scores, first, dynamic)
-    start_point = scores.of(base)
-    collapsed = start_point.snr_db < COLLAPSED_DB
-    takes = sum((3 if move.dynamic else 2) if collapsed else 1 for move in moves)
-    announced = len(scores.points) + takes + (_halvings(len(moves)) if moves else 0)
+        if moves:
+            scores.of(moves[0].on(base))  # the first of many: it tells what the others will take
+    price = _price(scores, base, moves, clock() - start)
     gains: list[_Gain] = []
     if moves:
-        each = tell.each(moves, f"search: {start_point.snr_db:.1f} dB, up to {announced} evaluations", len(moves))
-        gains = [_gain(scores, base, move) for move in each if allowed(len(scores.points))]
-        fastest = min(first, start_point, key=lambda point: point.ms)
-        _refine(scores, goal, fastest, _ranked(base.with_floats(quick.floats), start_point, gains), allowed)
-    chosen = _choose(scores, first)
+        fastest = min(first, scores.of(base), key=lambda point: point.ms)
+        steps = _tried(scores, base, moves, gains, quick, fastest, allowed)
+        left = price.evaluations - len(scores.points)
+        for _ in tell.each(steps, f"search: {price}", left):
+            pass
+    if problem.ratio is not None and len(scores.points) > 1:
+        tell.stage("time the plans that seem best")
+    chosen = _choose(scores, first, in_time)
     return Found(
         plan=_explained(problem, chosen, first),
         first=first,
         chosen=chosen,
         accepted=scores.accepts(chosen),
         reached=scores.reached(chosen),
-        capped=not scores.reached(chosen) and not allowed(len(scores.points)),
+        capped=not scores.reached(chosen) and not allowed(),
         worst=_worst(problem.plans.layers, gains),
         points=tuple(scores.points.values()),
-        announced=announced,
+        announced=price.evaluations,
         evaluations=len(scores.points),
-        seconds=time.monotonic() - start,
+        announced_seconds=price.seconds,
+        seconds=clock() - start,
     )
 
 
-class _Scores:
-    """The plans that were looked at: {what was chosen for the layers: its point}.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Price:
+    """What a search will take, all counted: evaluations, and elapsed seconds; known: evaluations that were made before."""
 
-    behind_ms: the ms that the plan with every layer dynamic took, over what was predicted for it; others have their share of it.
+    evaluations: int
+    known: int
+    seconds: float
+
+    def __str__(self) -> str:
+        known = f" ({self.known} known)" if self.known else ""
+        return f"{self.evaluations} evaluations{known}, {minutes(self.seconds)}"
+
+
+def minutes(seconds: float) -> str:
+    """ "40 s", "3.5 min": to be read at a glance."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def _price(scores: Scores, base: Choice, moves: Sequence[_Move], spent: float) -> _Price:
+    """Of every move by itself, of the usual number of joint scores, and of timing the plans that seem best."""
+    if not moves:
+        return _Price(evaluations=len(scores.points), known=0, seconds=spent)
+    goal, memory = scores.goal, scores.memory
+    singles = dict.fromkeys(choice for move in moves for choice in _needed(scores, base, move))
+    done, new = len(scores.points), [choice for choice in singles if choice not in scores.points]
+    joint = _usual_joint_scores(moves)
+    count = done + len(new) + joint
+    if goal.max_evaluations is not None:
+        count = max(done, min(count, goal.max_evaluations))
+    known = sum(scores.name(choice) in memory for choice in new[: count - done])
+    timed = scores.problem.costs.timed.keys() - {costs.name_of(scores.problem.costs.faster)}  # they are not timed again
+    timing = max(0, USUALLY_TIMED - len(timed)) * scores.problem.ratio_seconds if scores.problem.ratio else 0.0
+    seconds = spent + (count - done - known) * memory.mean_seconds() + timing
+    if goal.max_minutes is not None:
+        seconds = min(seconds, max(60 * goal.max_minutes, spent))
+    return _Price(evaluations=count, known=known, seconds=seconds)
+
+
+def _usual_joint_scores(moves: Sequence[_Move]) -> int:
+    """The first 1, 2, 4, ... moves, and half as many halves; but the first one or two are known, as groups.
+
+    A move that lies in one before it adds nothing: there are no more prefixes than smallest groups.
     """
-
-    def __init__(self, problem: Problem, goal: Goal) -> None:
-        self.problem, self.goal = problem, goal
-        model = problem.plans.model
-        self.outputs = list(map(graph.runner(model), problem.batches))
-        self.squashed = any(graph.squashing(output) is not None for output in model.graph.outputs)
-        self.inner = (
-            list(map(graph.runner(graph.unsquashed(model)), problem.batches)) if self.squashed else self.outputs
-        )
-        self.points: dict[Choice, Point] = {}
-        self.accepted: dict[Choice, bool] = {}
-        self.behind_ms = 0.0
-
-    def timed(self, point: Point, first: Point) -> Point:
-        """The point with the time of its whole model, in the ms of the static plan."""
-        choice = _choice(point)
-        if not point.timed and choice != STATIC and self.problem.ratio is not None:
-            int8 = self.problem.plans.int8(choice)
-            ratio = self.problem.ratio(point.float_layers, point.dynamic_layers, int8)
-            self.points[choice] = replace(point, ms=first.ms * ratio, timed=True)
-        return self.points[choice]
-
-    def learn(self, dynamic: Choice, first: Point) -> None:
-        """Look at the plan with every layer dynamic, and at how far its time is from the prediction.
-
-        It is timed if it is worth more by that. If not it counts as no faster than the static one, for profiles say too little.
-        """
-        predicted = self.of(dynamic)
-        self.points[dynamic] = replace(predicted, ms=max(predicted.ms, first.ms))
-        if predicted.snr_db > first.snr_db + DYNAMIC_DB:
-            self.timed(self.points[dynamic], first)
-        self.behind_ms = self.points[dynamic].ms - predicted.ms
-
-    def of(self, choice: Choice) -> Point:
-        if choice not in self.points:
-            given = self.problem
-            plan, int8 = given.plans.plan(choice), given.plans.int8(choice)
-            found = drift.measure(zip(self.outputs, map(graph.runner(int8), given.batches), strict=True))
-            noise = found
-            if self.squashed:
-                inner = graph.runner(graph.unsquashed(int8))
-                noise = drift.measure(zip(self.inner, map(inner, given.batches), strict=True))
-            share = sum(d.macs for d in plan.decisions if d.precision != "float") / max(
-                1, sum(d.macs for d in plan.decisions)
-            )
-            could = sum(d.macs for d in plan.decisions if d.node in given.plans.dynamic)
-            behind = sum(d.macs for d in plan.decisions if d.node in choice.dynamic) / max(1, could)
-            self.points[choice] = Point(
-                float_layers=given.plans.in_order(choice.floats),
-                dynamic_layers=given.plans.in_order(choice.dynamic),
-                snr_db=noise.worst_snr_db,
-                ms=costs.predict(given.plans.model, plan, given.costs, given.plans.shapes) + behind * self.behind_ms,
-                met=all(line.met for line in gate.limits(self.goal.budget, found, share, 0, 0)),
-            )
-        return self.points[choice]
-
-    def accepts(self, point: Point) -> bool:
-        """Whether a point meets the budget, and the caller's own measure where there is one."""
-        if not point.met or self.goal.accepts is None:
-            return point.met
-        choice = _choice(point)
-        if choice not in self.accepted:
-            self.accepted[choice] = self.goal.accepts(graph.runner(self.problem.plans.int8(choice)))
-        return self.accepted[choice]
-
-    def reached(self, point: Point) -> bool:
-        return point.snr_db >= self.goal.aim_snr_db and self.accepts(point)
+    least = min(len(move.group) for move in moves)
+    prefixes = sum(len(move.group) == least for move in moves)
+    return max(0, 3 * prefixes.bit_length() // 2 - 2)
 
 
-def _choice(point: Point) -> Choice:
-    return Choice(floats=frozenset(point.float_layers), dynamic=frozenset(point.dynamic_layers))
+def _tried(
+    scores: Scores, base: Choice, moves: Sequence[_Move], gains: list[_Gain], quick: Choice, fastest: Point,
+    allowed: Callable[[], bool],
+) -> Iterator[int]:  # fmt: skip
+    """Every move by itself, which adds to `gains`, then moves together. An item for each evaluation: how many there have been."""
+
+    def work() -> Iterator[None]:
+        for move in moves:
+            if allowed():
+                gains.append(_gain(scores, base, move))
+            yield
+        yield from _refine(scores, fastest, _ranked(base.with_floats(quick.floats), scores.of(base), gains), allowed)
+
+    seen = len(scores.points)
+    for _ in work():
+        yield from range(seen, len(scores.points))
+        seen = len(scores.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +213,7 @@ class _Gain:
     ms: float
 
 
-def _moves(scores: _Scores, first: Point, dynamic: Choice) -> tuple[Choice, list[_Move]]:
+def _moves(scores: Scores, first: Point, dynamic: Choice) -> tuple[Choice, list[_Move]]:
     """The base, and what to try on it: groups in float, and dynamic ones where all of them help but are not worth their time."""
     plans = scores.problem.plans
     base = STATIC.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
@@ -282,33 +224,36 @@ def _moves(scores: _Scores, first: Point, dynamic: Choice) -> tuple[Choice, list
     return base, moves
 
 
-def _halvings(groups: int) -> int:
-    """Joint scores: the first 1, 2, 4, ... groups, and as many halves."""
-    return 2 * max(1, groups).bit_length() - 1
+def _in_time(goal: Goal, clock: Callable[[], float], start: float) -> Callable[[], bool]:
+    """Whether the minutes are not over."""
+    return lambda: goal.max_minutes is None or clock() - start <= 60 * goal.max_minutes
 
 
-def _allowed(goal: Goal, start: float) -> Callable[[int], bool]:
+def _allowed(goal: Goal, scores: Scores, in_time: Callable[[], bool]) -> Callable[[], bool]:
     """Whether one more evaluation is within the caps."""
-
-    def allowed(done: int) -> bool:
-        late = goal.max_minutes is not None and time.monotonic() - start > 60 * goal.max_minutes
-        return not late and (goal.max_evaluations is None or done < goal.max_evaluations)
-
-    return allowed
+    most = math.inf if goal.max_evaluations is None else goal.max_evaluations
+    return lambda: in_time() and len(scores.points) < most
 
 
 def _noise(snr_db: float) -> float:
     return 10 ** (-snr_db / 10) if snr_db > -math.inf else math.inf
 
 
-def _gain(scores: _Scores, base: Choice, move: _Move) -> _Gain:
-    before, after = scores.of(base), scores.of(move.on(base))
+def _needed(scores: Scores, base: Choice, move: _Move) -> list[Choice]:
+    """The plans that tell what a move gains: it alone on the base; where that has collapsed, all else float but it."""
+    if scores.of(base).snr_db >= COLLAPSED_DB:
+        return [move.on(base)]
+    others = frozenset(scores.problem.plans.layers) - move.group
+    alone = base.with_floats(others)
+    return [move.on(base), alone, *([move.on(base).with_floats(others)] if move.dynamic else [])]
+
+
+def _gain(scores: Scores, base: Choice, move: _Move) -> _Gain:
+    before = scores.of(base)
+    after, *alone = map(scores.of, _needed(scores, base, move))
     noise = _noise(before.snr_db) - _noise(after.snr_db)
-    if before.snr_db < COLLAPSED_DB:
-        others = frozenset(scores.problem.plans.layers) - move.group
-        noise = _noise(scores.of(base.with_floats(others)).snr_db)
-        if move.dynamic:  # in float the group has none
-            noise -= _noise(scores.of(move.on(base).with_floats(others)).snr_db)
+    if alone:  # in float the group has no noise
+        noise = _noise(alone[0].snr_db) - (_noise(alone[1].snr_db) if move.dynamic else 0.0)
     return _Gain(move=move, noise=noise, ms=after.ms - before.ms)
 
 
@@ -334,58 +279,58 @@ def _ranked(start: Choice, before: Point, gains: Sequence[_Gain]) -> list[Choice
     return prefixes
 
 
-def _refine(
-    scores: _Scores, goal: Goal, fastest: Point, prefixes: Sequence[Choice], allowed: Callable[[int], bool]
-) -> None:
+def _refine(scores: Scores, fastest: Point, prefixes: Sequence[Choice], allowed: Callable[[], bool]) -> Iterator[None]:
     """Score the first 1, 2, 4, ... moves until a plan is accurate enough or too slow, then between the last two."""
+    most = scores.most_ms(fastest)
 
     def enough(size: int) -> bool:
         point = scores.of(prefixes[size - 1])
-        return scores.reached(point) or (scores.accepts(point) and _is_slow(point, fastest, goal))
+        return scores.reached(point) or (scores.accepts(point) and point.ms > most)
 
     low, high = 0, min(1, len(prefixes))
-    while high and allowed(len(scores.points)) and not enough(high) and high < len(prefixes):
+    while high and allowed() and not enough(high) and high < len(prefixes):
         low, high = high, min(2 * high, len(prefixes))
-    while high - low > 1 and allowed(len(scores.points)):
+        yield
+    while high - low > 1 and allowed():
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
+        yield
 
 
-def _is_slow(point: Point, fastest: Point, goal: Goal) -> bool:
-    return point.ms > (1 + goal.max_slower) * fastest.ms
-
-
-def _choose(scores: _Scores, first: Point) -> Point:
+def _choose(scores: Scores, first: Point, in_time: Callable[[], bool]) -> Point:
     """Of the plans that meet the budget and are not too slow the one worth most; else the fastest that meets it; else the closest.
 
     worth = min(SNR, aim) - DB_PER_PERCENT · percent of time above the fastest - DYNAMIC_DB where a layer is dynamic
     """
-    for _ in range(MOST_TIMED):
+    for number in range(MOST_TIMED):
         best = _best(scores, first, scores.points.values())
+        if number and not in_time():  # one is always timed: a profile is not enough to ship by
+            break
         if scores.timed(best, first) == best:
             return best
     return _best(scores, first, [point for point in scores.points.values() if point.timed or point == first])
 
 
-def _best(scores: _Scores, first: Point, points: Iterable[Point]) -> Point:
+def _best(scores: Scores, first: Point, points: Iterable[Point]) -> Point:
     goal = scores.goal
     every = sorted(points, key=lambda point: (point.ms, -point.snr_db))
     every = [point for point in every if len(point.float_layers) < len(scores.problem.plans.layers)] or [first]
     fastest = min(every[0], first, key=lambda point: point.ms)
+    most = scores.most_ms(fastest)
 
     def worth(point: Point) -> float:
         slower = point.ms / max(fastest.ms, 1e-9) - 1
         price = DB_PER_PERCENT * 100 * slower + (DYNAMIC_DB if point.dynamic_layers else 0.0)
         return min(point.snr_db, goal.aim_snr_db) - price
 
-    quick = sorted((point for point in every if not _is_slow(point, fastest, goal)), key=lambda each: -worth(each))
+    quick = sorted((point for point in every if point.ms <= most), key=lambda each: -worth(each))
     accepted = next((point for point in (*quick, *every) if scores.accepts(point)), None)
     return accepted or max(every, key=lambda point: point.snr_db)
 
 
 def _explained(problem: Problem, chosen: Point, first: Point) -> Plan:
     """The chosen plan; each layer that was turned float or dynamic says why."""
-    plan = problem.plans.plan(_choice(chosen))
+    plan = problem.plans.plan(choice_of(chosen))
     quick = set(problem.costs.faster)
     reasons = {
         name: _why(precision, len(names), chosen, first)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 import onnxruntime as ort
 
-from exporter import correct
-from exporter.batches import Array, Batch
+from exporter import correct, graph
+from exporter.batches import Array, Batch, digest
 from exporter.budget import MARGIN_DB, Accepts
 from exporter.calibrate import Ranges, cache
 from exporter.correct import Corrected
@@ -26,10 +26,11 @@ from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
 from exporter.search import costs as prices
-from exporter.search import faster
+from exporter.search import faster, memory
 from exporter.search.costs import Costs
-from exporter.search.find import Found, Goal, Problem, search
+from exporter.search.find import Found, search
 from exporter.search.plans import STATIC, Plans
+from exporter.search.score import Goal, Problem
 from exporter.target import Target, of
 from runtime import cpu
 from runtime.manifest import Budget
@@ -49,6 +50,11 @@ class Caps:
     max_evaluations: int | None = None
     max_minutes: float | None = None
 
+    @property
+    def only_static(self) -> bool:
+        """Whether no other plan can ship: the first evaluation is of the static one."""
+        return self.max_evaluations is not None and self.max_evaluations <= 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Improved:
@@ -62,6 +68,7 @@ class Improved:
 
 def improve(
     model: ir.Model,
+    reference: ir.Model,
     plan: Plan,
     ranges: Ranges,
     means: Mapping[tuple[str, int], Array],
@@ -73,50 +80,80 @@ def improve(
     accepts: Accepts | None,
     caps: Caps,
     tell: Progress,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Improved:
     """Search as the recipe asks, and quantize under the plan that was found.
 
     Args:
         model, plan, ranges, means, corrected: what `correct.improve` was given, and gave.
+        reference: the FP32 graph that ships, and that no plan should be slower than.
         target, recipe, shapes: as the plan was decided with.
         batches: calibration batches.
         accepts: see `Goal`.
         caps: on the search.
         tell: told what is being done.
+        clock: elapsed seconds.
 
     Raises:
         RecipeError: the cost table cannot be read, or is of another graph.
     """
-    plain = corrected.int8
+    start, plain = clock(), corrected.int8
     if any(each.op_type == GATE and each.precision == "int8" for each in plan.decisions):
         plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
     source = partial(correct.source, model, means=means, corrected=corrected)
     plans = Plans(model, plan, plain, source, target, recipe.rules, shapes)
-    place = _place(model, plan, batches[0])
-    costs = _costs(plans, corrected.int8, batches[0], target, caps.costs, place, tell)
-    timed = dict(costs.timed)
+    folder = cache.place()
+    home = None if folder is None else folder.parent
+    place = _place(home, model, plan, batches[0], caps.only_static)
+    costs = _costs(plans, corrected.int8, reference, batches[0], target, caps, place, tell)
+    goal = _goal(recipe, accepts, caps, clock() - start)
+    timed, untimed = dict(costs.timed), set[str]()
+    measuring, here = caps.costs is None and costs.measured, _is_here(target)
 
-    def ratio(float_layers: tuple[str, ...], dynamic_layers: tuple[str, ...], other: ir.Model) -> float:
+    def ratio(float_layers: tuple[str, ...], dynamic_layers: tuple[str, ...], other: ir.Model) -> float | None:
         name = prices.name_of(float_layers, dynamic_layers)
+        if name not in timed and not here:
+            untimed.add(name)
+            return None
         if name not in timed:
+            if caps.costs is not None and timed.keys() == costs.timed.keys():
+                tell.note(
+                    f"{caps.costs} has no time of a plan: it is timed on this machine, which is {target.name}, too"
+                )
             timed[name] = faster.ratio(corrected.int8, other, batches[0], target)
+            if measuring:
+                _remember(replace(costs, timed=timed), place)
         return timed[name]
 
-    measuring = caps.costs is None and costs.measured
-    problem = Problem(plans=plans, batches=batches, costs=costs, ratio=ratio if measuring or timed else None)
+    problem = Problem(
+        plans=plans,
+        batches=batches,
+        costs=costs,
+        ratio=ratio if measuring or timed else None,
+        ratio_seconds=faster.takes_seconds(prices.predict(model, plan, costs, shapes)) if here else 0.0,
+    )
+    parts = _evaluated(plans, plain, source(plan), means, batches, target, recipe, goal)
+    known = memory.at(home, parts, tell.note)
     try:
-        found = search(problem, _goal(recipe, accepts, caps), tell)
-    finally:
-        costs = replace(costs, timed=timed)
-        if measuring:
-            _remember(costs, place)
+        found = search(problem, goal, tell, known, clock)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(known.interrupted()) from None
+    if untimed:
+        plural = "s" if len(untimed) > 1 else ""
+        tell.note(
+            f"{caps.costs} has no time of {len(untimed)} plan{plural}, and this machine is not {target.name}: predicted"
+        )
+    costs = replace(costs, timed=timed)
     same = (found.plan.int8, found.plan.dynamic) == (plan.int8, plan.dynamic)
     int8 = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
     return Improved(plan=found.plan, int8=int8, found=found, costs=costs)
 
 
-def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps) -> Goal:
-    """The recipe's limits on drift, with a margin: they are judged on other batches in the end."""
+def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps, spent_seconds: float) -> Goal:
+    """The recipe's limits on drift, with a margin: they are judged on other batches in the end.
+
+    spent_seconds: of the minutes, by timing.
+    """
     asked = recipe.budget
     least = None if asked.min_snr_db is None else asked.min_snr_db + MARGIN_DB
     drift = Budget(
@@ -132,22 +169,23 @@ def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps) -> Goal:
         max_slower=recipe.search.max_slower,
         accepts=accepts,
         max_evaluations=caps.max_evaluations,
-        max_minutes=caps.max_minutes,
+        max_minutes=None if caps.max_minutes is None else caps.max_minutes - spent_seconds / 60,
     )
 
 
 def _costs(
-    plans: Plans, int8: ir.Model, batch: Batch, target: Target, given: Path | None, place: Path | None, tell: Progress
-) -> Costs:
+    plans: Plans, int8: ir.Model, reference: ir.Model, batch: Batch, target: Target, caps: Caps,
+    place: Path | None, tell: Progress,
+) -> Costs:  # fmt: skip
     """From the file; measured, if this machine is the target, and remembered, so that the next export finds the same plan."""
     model, plan = plans.model, plans.static
-    if given is not None:
+    if (given := caps.costs) is not None:
         try:
             text = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError("--costs", found=f"{given}: {error}", expected="a cost table") from error
         return prices.read(text, model, plan, target, f"--costs {given}")
-    if target.name != of(cpu.read()).name:
+    if not _is_here(target):
         return prices.from_table(model, plan, target, plans.shapes)
     if place is not None:
         with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
@@ -155,27 +193,61 @@ def _costs(
     tell.stage("time every node in float and in int8")
     dynamic = plans.int8(STATIC.with_dynamic(plans.dynamic)) if plans.dynamic else None
     measured = prices.measure(model, plan, int8, batch, target, plans.shapes, dynamic)
-    measured = prices.settled(measured, faster.prove(plans, batch, target, measured))
+    if caps.only_static:
+        measured = prices.settled(measured, ())
+        _remember(measured, place)
+        return measured
+    fp32 = faster.fp32_ratio(int8, reference, batch, target)
+    measured = faster.settle(plans, measured, fp32, faster.beside(plans, batch, target), tell)
     _remember(measured, place)
     return measured
 
 
+def _is_here(target: Target) -> bool:
+    """Whether this machine is the target."""
+    return target.name == of(cpu.read()).name
+
+
 def _remember(costs: Costs, place: Path | None) -> None:
-    if place is None:
-        return
-    with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, delete=False) as file:
-            file.write(costs.to_json())
-        os.replace(file.name, place)
+    if place is not None:
+        with contextlib.suppress(OSError):
+            cache.put(place, costs.to_json().encode())
 
 
-def _place(model: ir.Model, plan: Plan, batch: Batch) -> Path | None:
-    """Where the costs of this graph, plan and size of batch on this CPU are remembered; None where the cache is off."""
-    folder = cache.place()
-    if folder is None:
+def _evaluated(
+    plans: Plans, int8: ir.Model, source: ir.Model, means: Mapping[tuple[str, int], Array], batches: Sequence[Batch],
+    target: Target, recipe: Recipe, goal: Goal,
+) -> Iterator[bytes]:  # fmt: skip
+    """What the evaluations of a search depend on, besides what `memory.key` knows."""
+    asked = {
+        "target": target.name,
+        "budget": [(field.name, getattr(goal.budget, field.name)) for field in fields(goal.budget)],
+        "rules": [rule.model_dump(mode="json") for rule in recipe.rules],
+        "means": [(list(key), digest({"": means[key]})) for key in sorted(means)],
+        "batches": list(map(digest, batches)),
+        "plan": plans.static.to_text(),
+    }
+    yield json.dumps(asked, sort_keys=True).encode()
+    yield from map(graph.to_bytes, (plans.model, int8, source))
+
+
+def _place(home: Path | None, model: ir.Model, plan: Plan, batch: Batch, only_static: bool) -> Path | None:
+    """Where the costs of this graph, plan and size of batch on this CPU are remembered; None where the cache is off.
+
+    only_static: without the times of whole models, which nothing reads then.
+    """
+    if home is None:
         return None
+    cache.evict(home / FOLDER, memory.LIMIT_BYTES, memory.SUFFIX)
     sizes = str(sorted((name, array.shape) for name, array in batch.items()))
-    said = (prices.fingerprint(model), plan.to_text(), sizes, cpu.name(), cache.kind_of_cpu(), ort.__version__)
+    said = (
+        str(only_static),
+        prices.fingerprint(model),
+        plan.to_text(),
+        sizes,
+        cpu.name(),
+        cache.kind_of_cpu(),
+        ort.__version__,
+    )
     key = hashlib.sha256("\0".join(said).encode()).hexdigest()
-    return folder.parent / FOLDER / f"{key}.json"
+    return home / FOLDER / (key + memory.SUFFIX)

@@ -47,8 +47,9 @@ def one_signed(folder: Path, recipe: str) -> Path:
     source = exporter.from_module(network, {"x": np.ones((1, 3, 16, 16), np.float32)}, ["y"])
     random = np.random.default_rng(0)
     seen = [{"x": random.uniform(0, 1, (1, 3, 16, 16)).astype(np.float32)} for _ in range(8)]
-    exporter.export(source, exporter.load_recipe(recipe), calibration=seen, out=folder / f"one-signed-{recipe}")
-    return folder / f"one-signed-{recipe}"
+    out = folder / f"one-signed-{recipe}"
+    exporter.export(source, exporter.load_recipe(recipe), calibration=seen, out=out, max_evaluations=1)
+    return out
 
 
 @functools.cache
@@ -63,6 +64,7 @@ def digits(folder: Path, recipe: str) -> Path:
         calibration=sample.calibration(),
         heldout=sample.heldout(),
         out=folder / f"digits-{recipe}",
+        max_evaluations=1,  # every layer in integers
     )
     return folder / f"digits-{recipe}"
 

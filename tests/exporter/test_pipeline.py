@@ -16,7 +16,7 @@ import exporter
 import runtime
 from exporter import trace
 from exporter.errors import CalibrationError, RecipeError
-from exporter.recipe import parse
+from exporter.recipe import limited, parse
 from runtime import BundleError
 from runtime import manifest as manifests
 from runtime.explain import explain
@@ -39,7 +39,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def export(path: Path, out: Path, calibration: object = None, heldout: object = None) -> exporter.Report:
     seen = batches(1, 6) if calibration is None else calibration
-    return exporter.export(exporter.from_onnx(path), VNNI, calibration=seen, heldout=heldout or batches(2, 2), out=out)
+    heldout = heldout or batches(2, 2)
+    return exporter.export(exporter.from_onnx(path), VNNI, seen, heldout, out=out, max_evaluations=1)
 
 
 def test_module_becomes_a_bundle_that_proves_itself(exported: Exported) -> None:
@@ -87,6 +88,7 @@ from tests import models
 exporter.export(
     models.source("residual"), exporter.load_recipe("x86-vnni"),
     calibration=models.batches("residual", 1, 4), heldout=models.batches("residual", 2, 3), out=sys.argv[1],
+    max_evaluations=1,
 )
 """
 
@@ -100,6 +102,7 @@ def test_exporting_again_in_this_process_and_in_another_gives_the_same_bytes(
         calibration=models.batches("residual", 1, 4),
         heldout=models.batches("residual", 2, 3),
         out=tmp_path / "here",
+        max_evaluations=1,
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path / "there")], cwd=root, check=True, capture_output=True)
@@ -296,6 +299,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         heldout=batches(2, 1),
         out=tmp_path / "b",
         progress=Listener(),
+        max_evaluations=1,
     )
     # "time" once a model: costs are remembered
     assert [word for text in told if (word := text.split()[0]) != "time"] == [
@@ -305,6 +309,7 @@ def test_stages_are_told_in_order_and_batches_are_counted(onnx_file: Path, tmp_p
         "calibrate",
         "choose",
         "quantize,",
+        "search",
         "measure",
         "write",
         "write",
@@ -364,3 +369,21 @@ def test_bundle_of_dynamic_layers_needs_no_range_and_runs_as_its_ort_file_does(t
     assert verdict.met and not bundle.manifest.exact_on
     explained = explain(bundle).nodes
     assert {each.planned.precision for each in explained if each.planned and each.kernel.integer} == {"dynamic"}
+
+
+def test_metric_that_evaluate_does_not_return_is_refused_before_calibration(onnx_file: Path, tmp_path: Path) -> None:
+    asked = limited(VNNI, {"metric_drops": ["topp1 drop<=0.5%"]})
+
+    def never() -> Batches:
+        yield from itertools.islice(batches(1, 9), 1)
+        pytest.fail("calibration has begun")
+
+    with pytest.raises(RecipeError, match="did you mean 'top1'"):
+        exporter.export(
+            exporter.from_onnx(onnx_file),
+            asked,
+            never(),
+            batches(2, 2),
+            tmp_path / "b",
+            evaluate=lambda run: {"top1": 1.0},
+        )

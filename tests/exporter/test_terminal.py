@@ -54,8 +54,14 @@ def test_rate_counts_samples_and_not_batches(screen: Console, monkeypatch: pytes
 
 def test_number_of_batches_need_not_be_known(screen: Console) -> None:
     with Terminal() as progress:
-        list(progress.each(iter(range(7)), "measure drift"))
+        list(progress.each(iter(range(7)), "measure drift", samples=lambda item: 1))
     assert re.search(r"7/7 +[\d,.]+ samples/s", lines(screen)[-1])
+
+
+def test_what_holds_no_samples_has_no_rate(screen: Console) -> None:
+    with Terminal() as progress:
+        list(progress.each(range(3), "search: 97 evaluations (40 known), 1.5 min", 3))
+    assert re.fullmatch(r"✓ search: 97 evaluations \(40 known\), 1.5 min +━+ +3/3 +\d\d:\d\d", lines(screen)[-1])
 
 
 def test_long_stage_takes_no_room_from_the_bars_and_nothing_exceeds_80_columns(screen: Console) -> None:

@@ -20,6 +20,7 @@ from exporter.calibrate.enough import Coverage
 from exporter.correct import Correction
 from exporter.place import Plan
 from exporter.report import FloatLayer, html, text
+from exporter.report.value import Took
 from exporter.target import X86_VNNI
 from runtime import manifest as manifests
 from runtime.drift import Drift, OutputDrift
@@ -41,8 +42,8 @@ def test_json_has_every_field_and_is_canonical(exported: Exported) -> None:
 
 def test_bundles_own_report_is_the_same_but_for_the_time_of_this_machine(exported: Exported) -> None:
     inside = json.loads((exported.folder / "report.json").read_text())
-    assert inside["timing"] is None
-    assert inside == json.loads(replace(exported.report, timing=None).to_json())
+    assert inside["timing"] is inside["search_took"] is None
+    assert inside == json.loads(replace(exported.report, timing=None, search_took=None).to_json())
 
 
 def test_infinite_snr_is_strict_json(exported: Exported) -> None:
@@ -167,3 +168,29 @@ def test_layer_inside_a_branch_is_listed_as_float_with_its_reason(tmp_path: Path
         ("inner", 4 * 4 * 36, "inside a branch or loop body, which is not quantized")
     ]
     assert report.integer_macs == pytest.approx(4 / 8)  # the first Conv reads four channels, one of them 0
+
+
+def test_search_says_how_fast_the_plan_was_beside_fp32_and_plainly_if_it_is_slower(exported: Exported) -> None:
+    report, first = exported.report, exported.report.search.first
+
+    def said(fp32_ms: float | None, ms: float) -> str:
+        chosen = replace(first, ms=ms)
+        points = (chosen, replace(first, ms=1.0))
+        found = replace(report.search, chosen=chosen, points=points, fp32_ms=fp32_ms)
+        return text.search(replace(report, search=found))
+
+    assert "FP32" not in said(None, 1.0)
+    assert "1.50x as fast as FP32 when it was timed;" in said(1.5, 1.0)
+    assert "0.90x as fast as FP32 when it was timed: NO PLAN WITH AN INT8 LAYER IS FASTER;" in said(0.9, 1.0)
+    assert "0.75x as fast as FP32 when it was timed: a faster plan is not accurate enough;" in said(1.5, 2.0)
+
+
+def test_search_says_what_was_announced_and_what_it_took(exported: Exported) -> None:
+    found = replace(exported.report.search, evaluations=92, announced=97)
+    report = replace(exported.report, search=found, search_took=None)
+    assert "92 evaluations (97 announced) on calibration data" in text.search(report)
+    took = Took(announced_seconds=100.0, seconds=88.0)
+    said = "92 evaluations in 88 s (announced: 97 in 1.7 min) on calibration data"
+    assert said in text.search(replace(report, search_took=took))
+    one = replace(found, evaluations=1, announced=1)
+    assert "1 evaluation in 88 s on" in text.search(replace(report, search=one, search_took=took))

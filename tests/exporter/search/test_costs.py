@@ -100,7 +100,7 @@ def test_costs_of_another_graph_are_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 9}', '{"format": 2, "nodes": {"a": 1}}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 9}', '{"format": 3, "nodes": {"a": 1}}'])
 def test_what_is_no_cost_table_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="expected a cost table"):
         costs.read(text, stages.prepared(MODEL).model, stages.plan(MODEL), X86_VNNI, "costs.json")

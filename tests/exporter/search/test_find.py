@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from exporter import graph, place, quantize
@@ -13,11 +16,14 @@ from exporter.budget import Run
 from exporter.calibrate import distinguish, observe
 from exporter.progress import Silent
 from exporter.recipe import Rule
-from exporter.search import Goal, Problem, costs, frontier, search
-from exporter.search.plans import Plans
+from exporter.search import Goal, Problem, costs, frontier, minutes, search
+from exporter.search.memory import Memory
+from exporter.search.plans import Choice, Plans
 from exporter.target import X86_VNNI, Target
 from runtime.manifest import Budget
 from tests.exporter import graphs
+
+T = TypeVar("T")
 
 # Four layers; the weight of "bad" has one giant value a channel, so its other values round to nothing
 CHAIN = """(float[1,16] x) => (float[1,16] y) {
@@ -135,11 +141,105 @@ def test_same_costs_find_the_same_plan() -> None:
     assert first.points == second.points
 
 
-def test_no_more_evaluations_than_allowed_and_about_as_many_as_announced() -> None:
-    found = search(problem(), replace(NO_LIMIT, aim_snr_db=1000.0, max_evaluations=3), Silent())
-    assert found.evaluations <= 4
-    free = search(problem(), replace(NO_LIMIT, aim_snr_db=1000.0), Silent())
-    assert free.evaluations <= free.announced
+def test_no_more_evaluations_than_allowed() -> None:
+    for most in (1, 3, 6):
+        found = search(problem(), replace(NO_LIMIT, aim_snr_db=1000.0, max_evaluations=most), Silent())
+        assert found.evaluations == found.announced == most
+        assert found.capped
+
+
+@dataclass
+class Told(Silent):
+    """The stages, and the bars with their totals and how many items came."""
+
+    said: list[str] = field(default_factory=list)
+
+    def stage(self, text: str) -> None:
+        self.said.append(text)
+
+    def each(
+        self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
+        every = list(items)
+        self.said.append(f"{text}: {len(every)} of {total}")
+        yield from every
+
+
+def slow(given: Problem, now: list[float], seconds: float) -> Problem:
+    """A plan takes so long to build."""
+    build = given.plans.int8
+
+    def int8(choice: Choice) -> ir.Model:
+        now[0] += seconds
+        return build(choice)
+
+    given.plans.int8 = int8  # type: ignore[method-assign]
+    return given
+
+
+def test_search_is_priced_by_its_first_evaluations_within_30_percent() -> None:
+    now, told = [0.0], Told()
+    goal = replace(NO_LIMIT, aim_snr_db=1000.0)
+    found = search(slow(problem(), now, 10.0), goal, told, clock=lambda: now[0])
+    assert (found.announced_seconds, found.seconds) == (
+        10.0 * found.announced,
+        10.0 * found.evaluations,
+    )
+    assert 0.7 <= found.evaluations / found.announced <= 1.3
+    assert told.said[0] == "search for a plan"
+    assert told.said[1].startswith(f"search: {found.announced} evaluations, {minutes(found.announced_seconds)}: ")
+    assert told.said[1].endswith(f": {found.evaluations - 2} of {found.announced - 2}")  # those that told the price
+
+
+def test_price_has_the_whole_models_that_are_timed_and_the_cap_on_minutes() -> None:
+    goal = replace(NO_LIMIT, aim_snr_db=1000.0)
+    now = [0.0]
+    given = replace(slow(problem(), now, 10.0), ratio=lambda layers, dynamic, _: 1.5, ratio_seconds=100.0)
+    found = search(given, goal, Silent(), clock=lambda: now[0])
+    assert found.announced_seconds == 10.0 * found.announced + 200.0
+    now = [0.0]
+    capped = search(slow(problem(), now, 10.0), replace(goal, max_minutes=1.0), Silent(), clock=lambda: now[0])
+    assert capped.announced_seconds == 60.0
+    assert capped.evaluations == 7
+    assert capped.capped
+
+
+def test_no_plan_is_timed_after_the_minutes_are_over_but_the_one_that_seems_best() -> None:
+    now, asked = [0.0], list[tuple[str, ...]]()
+
+    def ratio(layers: tuple[str, ...], dynamic: tuple[str, ...], _: object) -> float:
+        asked.append(layers)
+        return 3.0
+
+    given = replace(slow(problem(), now, 20.0), ratio=ratio)
+    found = search(given, replace(NO_LIMIT, aim_snr_db=1000.0, max_minutes=1.0), Silent(), clock=lambda: now[0])
+    assert len(asked) == 1
+    assert found.chosen == found.first
+
+
+def test_search_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, goal = tmp_path / "search.json", replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.03)
+    whole = search(problem(), goal, Silent())
+    for most in (1, 3, 8):
+        short = search(problem(), replace(goal, max_evaluations=most), Silent(), Memory(path))
+        assert short.evaluations == most
+    built = [0.0]
+    again = search(slow(problem(), built, 1.0), goal, Silent(), Memory(path))
+    assert built[0] == whole.evaluations - 8
+    assert again.plan.to_text() == whole.plan.to_text()
+    assert (again.points, again.announced) == (whole.points, whole.announced)
+    built = [0.0]
+    search(slow(problem(), built, 1.0), goal, told := Told(), Memory(path))
+    assert built[0] == 0
+    assert "known)" in told.said[1]
+
+
+def test_plan_that_could_not_be_timed_counts_as_predicted() -> None:
+    given = replace(problem(), ratio=lambda layers, dynamic, _: None)
+    goal = replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.025)
+    found = search(given, goal, Silent())
+    assert found.chosen == search(problem(), goal, Silent()).chosen
+    assert not found.chosen.timed
 
 
 def test_frontier_is_faster_to_slower_and_each_point_more_accurate() -> None:
@@ -318,3 +418,21 @@ def test_dynamic_layers_must_buy_a_decibel() -> None:
         found = search(given, replace(NO_LIMIT, aim_snr_db=static.snr_db + more, max_slower=0.05), Silent())
         assert len(found.chosen.dynamic_layers) == layers
         assert max(point.snr_db for point in found.points) > 30
+
+
+def test_accuracy_is_not_bought_beyond_the_time_of_fp32() -> None:
+    given = problem()
+    for fp32, layers in ((1.015, 1), (1.025, 2), (0.9, 0)):
+        costly = replace(given, costs=replace(given.costs, fp32=fp32))
+        found = search(costly, replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.1), Silent())
+        assert len(found.chosen.float_layers) == layers
+
+
+def test_plan_with_the_layers_that_are_faster_in_float_counts_with_its_own_time() -> None:
+    given = problem()
+    quick = costs.settled(given.costs, ("one", "four"))
+    timed = replace(given, costs=quick, ratio=lambda layers, dynamic, _: 0.9)
+    found = search(timed, replace(NO_LIMIT, aim_snr_db=-100.0), Silent())
+    assert found.chosen.float_layers == ("one", "four")
+    assert found.chosen.timed
+    assert found.chosen.ms == pytest.approx(3.6)

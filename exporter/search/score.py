@@ -1,0 +1,187 @@
+"""Plans, and what they are weighed by: error on calibration batches, and ms, predicted or of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import onnx_ir as ir
+
+from exporter import graph
+from exporter.batches import Array, Batch
+from exporter.budget import Accepts
+from exporter.place import Plan
+from exporter.search import costs
+from exporter.search.costs import Costs
+from exporter.search.memory import Evaluation, Memory
+from exporter.search.plans import STATIC, Choice, Plans
+from runtime import drift, gate
+from runtime.manifest import Budget
+
+# Of the outputs' SNR, that dynamic layers must buy: outputs that have the same bits elsewhere, and do not depend on what else is
+# in the batch, are worth that
+DYNAMIC_DB = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What is asked of a plan.
+
+    budget: limits on drift, which a plan must meet if any can.
+    aim_snr_db: of the worst output; accuracy is bought until it is reached...
+    max_slower: ... or a plan would take more than 1 + max_slower times the ms of the fastest, or more than FP32.
+    accepts: whether a model's function batch -> outputs is good enough by a measure of the caller's own; asked of plans that
+        meet all else.
+    max_evaluations, max_minutes: None is no cap.
+    """
+
+    budget: Budget
+    aim_snr_db: float
+    max_slower: float
+    accepts: Accepts | None = None
+    max_evaluations: int | None = None
+    max_minutes: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One plan that was evaluated: its float and dynamic layers, error, and ms, predicted or as the whole model was timed."""
+
+    float_layers: tuple[str, ...]
+    dynamic_layers: tuple[str, ...] = ()
+    snr_db: float
+    ms: float
+    met: bool
+    timed: bool = False
+
+
+def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
+    """The points that no other beats in both error and ms, fastest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.ms, -each.snr_db)):
+        if not best or point.snr_db > best[-1].snr_db:
+            best.append(point)
+    return tuple(best)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Problem:
+    """What a search is about.
+
+    plans: to choose from. batches: calibration batches to compare outputs on.
+    costs: from `faster.settle`, `costs.from_table` or a file. The same costs and batches find the same plan.
+    ratio: the time of a plan's int8 graph over that of the static plan's, given the layers that are float, and those that are
+        dynamic, or None where it cannot be timed; None predicts all. ratio_seconds: about what one such ratio takes, elapsed.
+    """
+
+    plans: Plans
+    batches: Sequence[Batch]
+    costs: Costs
+    ratio: Callable[[tuple[str, ...], tuple[str, ...], ir.Model], float | None] | None = None
+    ratio_seconds: float = 0.0
+
+
+class Scores:
+    """The plans that were looked at: {what was chosen for the layers: its point}.
+
+    behind_ms: the ms that the plan with every layer dynamic took, over what was predicted for it; others have their share of it.
+    """
+
+    def __init__(self, problem: Problem, goal: Goal, memory: Memory, clock: Callable[[], float]) -> None:
+        self.problem, self.goal, self.memory, self.clock = problem, goal, memory, clock
+        self.squashed = any(graph.squashing(output) is not None for output in problem.plans.model.graph.outputs)
+        self.points: dict[Choice, Point] = {}
+        self.accepted: dict[Choice, bool] = {}
+        self.behind_ms = 0.0
+
+    def timed(self, point: Point, first: Point) -> Point:
+        """The point with the time of its whole model, in the ms of the static plan."""
+        choice = choice_of(point)
+        if not point.timed and choice != STATIC and self.problem.ratio is not None:
+            int8 = self.problem.plans.int8(choice)
+            ratio = self.problem.ratio(point.float_layers, point.dynamic_layers, int8)
+            if ratio is not None:
+                self.points[choice] = replace(point, ms=first.ms * ratio, timed=True)
+        return self.points[choice]
+
+    def learn(self, dynamic: Choice, first: Point) -> None:
+        """Look at the plan with every layer dynamic, and at how far its time is from the prediction.
+
+        It is timed if it is worth more by that. If not it counts as no faster than the static one, for profiles say too little.
+        """
+        predicted = self.of(dynamic)
+        self.points[dynamic] = replace(predicted, ms=max(predicted.ms, first.ms))
+        if predicted.snr_db > first.snr_db + DYNAMIC_DB:
+            self.timed(self.points[dynamic], first)
+        self.behind_ms = self.points[dynamic].ms - predicted.ms
+
+    @cached_property
+    def outputs(self) -> list[Mapping[str, Array]]:
+        """Of the FP32 graph, on each batch."""
+        return list(map(graph.runner(self.problem.plans.model), self.problem.batches))
+
+    @cached_property
+    def inner(self) -> list[Mapping[str, Array]]:
+        """The same, of what a last Softmax or Sigmoid reads."""
+        if not self.squashed:
+            return self.outputs
+        return list(map(graph.runner(graph.unsquashed(self.problem.plans.model)), self.problem.batches))
+
+    def name(self, choice: Choice) -> str:
+        plans = self.problem.plans
+        return costs.name_of(plans.in_order(choice.floats), plans.in_order(choice.dynamic))
+
+    def of(self, choice: Choice) -> Point:
+        if choice not in self.points:
+            given, name = self.problem, self.name(choice)
+            plan = given.plans.plan(choice)
+            found = self.memory.get(name)
+            if found is None:
+                found = self.evaluate(choice, plan)
+                self.memory.keep(name, found)
+            could = sum(d.macs for d in plan.decisions if d.node in given.plans.dynamic)
+            behind = sum(d.macs for d in plan.decisions if d.node in choice.dynamic) / max(1, could)
+            self.points[choice] = Point(
+                float_layers=given.plans.in_order(choice.floats),
+                dynamic_layers=given.plans.in_order(choice.dynamic),
+                snr_db=found.snr_db,
+                ms=costs.predict(given.plans.model, plan, given.costs, given.plans.shapes) + behind * self.behind_ms,
+                met=found.met,
+            )
+        return self.points[choice]
+
+    def evaluate(self, choice: Choice, plan: Plan) -> Evaluation:
+        """Run the plan's int8 graph beside FP32."""
+        expected, inner = self.outputs, self.inner
+        start, batches, int8 = self.clock(), self.problem.batches, self.problem.plans.int8(choice)
+        found = drift.measure(zip(expected, map(graph.runner(int8), batches), strict=True))
+        noise = found
+        if self.squashed:
+            noise = drift.measure(zip(inner, map(graph.runner(graph.unsquashed(int8)), batches), strict=True))
+        macs = sum(d.macs for d in plan.decisions)
+        share = sum(d.macs for d in plan.decisions if d.precision != "float") / max(1, macs)
+        met = all(line.met for line in gate.limits(self.goal.budget, found, share, 0, 0))
+        return Evaluation(snr_db=noise.worst_snr_db, met=met, seconds=self.clock() - start)
+
+    def accepts(self, point: Point) -> bool:
+        """Whether a point meets the budget, and the caller's own measure where there is one."""
+        if not point.met or self.goal.accepts is None:
+            return point.met
+        choice = choice_of(point)
+        if choice not in self.accepted:
+            self.accepted[choice] = self.goal.accepts(graph.runner(self.problem.plans.int8(choice)))
+        return self.accepted[choice]
+
+    def most_ms(self, fastest: Point) -> float:
+        """What accuracy may cost: a share of the fastest plan's time, and never more than FP32 takes, where that was timed."""
+        most = (1 + self.goal.max_slower) * fastest.ms
+        fp32 = self.problem.costs.fp32
+        return most if fp32 is None else min(most, max(fastest.ms, fp32 * self.points[STATIC].ms))
+
+    def reached(self, point: Point) -> bool:
+        return point.snr_db >= self.goal.aim_snr_db and self.accepts(point)
+
+
+def choice_of(point: Point) -> Choice:
+    return Choice(floats=frozenset(point.float_layers), dynamic=frozenset(point.dynamic_layers))
