@@ -45,6 +45,11 @@ class Correction:
     after_db: float
     kept: bool
 
+    @property
+    def rounded(self) -> str:
+        """What is rounded in the outputs that are compared."""
+        return "all" if self.name == "smooth" else "weights alone"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corrected:

@@ -165,7 +165,7 @@ def _float_layers(report: Report) -> Iterable[str]:
 def _corrections(report: Report) -> Iterable[str]:
     for tried in report.corrections:
         verdict = "kept" if tried.kept else "not kept"
-        yield f"{tried.name} correction {verdict}: {tried.before_db:.1f} -> {tried.after_db:.1f} dB on calibration data"
+        yield f"{tried.name} correction {verdict}: {tried.before_db:.1f} -> {tried.after_db:.1f} dB, {tried.rounded} rounded"
 
 
 def _data(report: Report) -> str:
