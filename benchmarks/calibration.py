@@ -320,7 +320,7 @@ def _compared(path: Path, most: int, seed: int) -> str:
     seen, unseen = ([batches[i] for i in part] for part in np.array_split(order, 2))
     given = auto.candidates(model, observe(model, plan.tensors, seen, (), True))
     int8 = quantize.to_int8(model, plan, given["minmax"], gates_on_codes=False)  # its scales change
-    chosen = auto.choose(model, int8, given, seen[:KEPT])
+    chosen = auto.choose(int8, given, auto.crossed(model, int8, plan.tensors, seen[:KEPT]))
     measure = auto.evaluator(model, int8, unseen)
     snr = [measure(given[method]).snr_db for method in methods.METHODS]
     ours = measure(chosen.ranges).snr_db

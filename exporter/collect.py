@@ -19,8 +19,6 @@ from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.recipe import Calibrate
 
-JUDGES = 32  # batches that tell which single method is best; "auto" makes finer choices, on all that are kept
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
@@ -75,10 +73,8 @@ def collect(
     tell.stage("choose the method of the ranges by its effect on the outputs")
     given = auto.candidates(model, found, asked.percentile)
     int8 = quantize.to_int8(model, plan, given["minmax"], gates_on_codes=False)
-    if asked.method == "auto":
-        chosen = auto.choose(model, int8, given, kept)
-    else:
-        chosen = auto.choose(model, int8, given, kept[:JUDGES], evaluations=len(given))
+    folds = auto.crossed(model, int8, plan.tensors, kept, asked.percentile)
+    chosen = auto.choose(int8, given, folds, auto.EVALUATIONS if asked.method == "auto" else len(given))
     ranges = chosen.ranges if chosen.changed else given[chosen.best]
     return Collected(ranges=ranges, notes=_notes(model, chosen), statistics=found)
 

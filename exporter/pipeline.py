@@ -124,9 +124,20 @@ def _export(
 
     few = split.kept[:COMPARED]
     better = search.improve(
-        prepared.model, prepared.reference, plan, found.ranges, found.means, corrected, cpu, recipe, shapes, few, accepts,
-        caps, tell,
-    )  # fmt: skip
+        prepared.model,
+        prepared.reference,
+        plan,
+        corrected.ranges,
+        corrected.means,
+        corrected,
+        cpu,
+        recipe,
+        shapes,
+        few,
+        accepts,
+        caps,
+        tell,
+    )
     integer = {*better.plan.int8, *better.plan.dynamic}
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
     plan = better.plan.noted(found.notes).noted(paired)
@@ -166,6 +177,6 @@ def _export(
     )
 
     tell.stage("write the bundle, load it, time it")
-    files = report.files(made, recipe, plan, found.ranges, better.costs, models)
+    files = report.files(made, recipe, plan, corrected.ranges, better.costs, models)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
     return report.timed(made, out, recipe, drops, evaluate, better.found)

@@ -4,9 +4,13 @@ The best single method is where the search begins. Then groups of neighbouring t
 half as many in every round, try the other methods; a change that brings the outputs closer to FP32 stays. A method that is best
 for a tensor alone may be wrong for the model, so nothing is decided by the tensor's own error.
 
+Batches that ranges were made from fit them: what clips most looks best there, and costs most on the next batch that reaches
+further. So ranges are made from one half of the batches for this, judged on the other, and the other way round (`crossed`). Of
+methods that differ by less than CLOSE_DB the widest is taken, for the same reason. What ships are the ranges from all data.
+
 A few batches are a small sample, and a batch or two often hold half of the squared error: among dozens of changes one that
-happens to be lucky there looks best. So the batches are dealt out to PARTS parts. The best single method has the highest
-median over the parts, and a change must help on every part, which luck with one batch cannot do.
+happens to be lucky there looks best. So the batches are dealt out to PARTS parts, and a change must help on every part, which
+luck with one batch cannot do.
 
 An evaluation does not quantize again: scales and zero points of the int8 model are replaced. Weights and biases are the real
 ones: what is compared is the rounding of activations.
@@ -25,6 +29,7 @@ from exporter import graph
 from exporter.batches import Array, Batch
 from exporter.calibrate import methods
 from exporter.calibrate.domain import distinguish
+from exporter.calibrate.observe import observe
 from exporter.calibrate.ranges import Range, Ranges
 from exporter.calibrate.statistics import Statistics
 from exporter.errors import CalibrationError
@@ -34,6 +39,7 @@ EVALUATIONS = 48  # runs of the int8 model over the batches, at most
 PARTS = 8  # of the batches, each judged by itself
 HIGHEST_DB = 300.0  # stands for a model without error
 GROUPS = 8
+CLOSE_DB = 0.5  # so much better must a method be than the first, which clips nothing
 SUFFIX = "_scale"  # as the quantizer names a tensor's scale; its zero point beside it
 
 
@@ -50,9 +56,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """ranges: method "auto". single_db: {method: SNR of the worst output, dB}, median over the parts of the batches.
+    """ranges: method "auto". single_db: {method: SNR of the worst output, dB}, on batches that its ranges are not from.
 
-    best: the best single method. snr_db: with the chosen ranges. choices: of tensors whose range the int8 model uses.
+    best: the single method that was begun from. snr_db: with the chosen ranges. choices: of tensors whose range the int8 model
+    uses.
     """
 
     ranges: Ranges
@@ -85,29 +92,62 @@ def candidates(model: ir.Model, found: Statistics, percentile: float = methods.P
     return {name: distinguish(model, methods.ranges(found, name, percentile)) for name in methods.METHODS}
 
 
-def choose(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fold:
+    """{method: ranges} from some batches, and their errors on others."""
+
+    given: Mapping[str, Ranges]
+    measure: Callable[[Ranges], Errors]
+
+
+def crossed(
     model: ir.Model,
     int8: ir.Model,
-    given: Mapping[str, Ranges],
+    tensors: Sequence[str],
     batches: Sequence[Batch],
-    evaluations: int = EVALUATIONS,
-) -> Chosen:
-    """Try methods on groups of tensors and keep what brings the worst output closer to FP32. Deterministic.
+    percentile: float = methods.PERCENTILE,
+) -> tuple[Fold, ...]:
+    """Ranges from every other batch, judged on those between, and the other way round.
+
+    A single batch is judged by its own ranges, and so are all where one half leaves a tensor without a value.
 
     Args:
         model: the prepared graph.
         int8: it, quantized with the ranges of any of the methods (`quantize.to_int8`).
-        given: {method: ranges}, of the same tensors (`candidates`).
-        batches: calibration batches to compare on (`Split.kept`); reported drift uses others.
-        evaluations: how many times the int8 model may be run over the batches, that of each method included.
+        tensors: whose ranges are wanted.
+        batches: calibration batches (`Split.kept`); reported drift uses others.
+        percentile: see `candidates`.
 
     Raises:
-        CalibrationError: no methods or no batches.
+        CalibrationError: no batches.
     """
-    if not given or not batches:
-        raise CalibrationError("auto", found=f"{len(given)} methods, {len(batches)} batches", expected="some of both")
-    measure = evaluator(model, int8, batches)
-    search = _Search(given, _used(int8, next(iter(given.values()))), measure)
+    halves = [half for half in (batches[::2], batches[1::2]) if half]
+    if not halves:
+        raise CalibrationError("the method of the ranges", found="0 batches to compare on", expected="one or more")
+
+    def ranges(part: Sequence[Batch]) -> dict[str, Ranges]:
+        return candidates(model, observe(model, tensors, part, (), True), percentile)
+
+    try:
+        given = list(map(ranges, halves))
+    except CalibrationError:
+        halves, given = [batches], [ranges(batches)]
+    judged = reversed(halves)
+    return tuple(Fold(given=g, measure=evaluator(model, int8, on)) for g, on in zip(given, judged, strict=True))
+
+
+def choose(
+    int8: ir.Model, given: Mapping[str, Ranges], folds: Sequence[Fold], evaluations: int = EVALUATIONS
+) -> Chosen:
+    """Try methods on groups of tensors and keep what brings the worst output closer to FP32. Deterministic.
+
+    Args:
+        int8: the prepared graph, quantized with the ranges of any of the methods.
+        given: {method: ranges} that may ship (`candidates`), first the one that clips nothing.
+        folds: `crossed`, with the same methods.
+        evaluations: how many times the int8 model may be run over the batches, that of each method included.
+    """
+    search = _Search(given, _used(int8, next(iter(given.values()))), folds)
     groups = search.split(search.tensors, GROUPS)
     while groups and search.count < evaluations:
         ranked = []
@@ -122,17 +162,17 @@ def choose(
 class _Search:
     """The state of one search: what each tensor has now, and how good that is."""
 
-    def __init__(
-        self, given: Mapping[str, Ranges], tensors: Sequence[str], measure: Callable[[Ranges], Errors]
-    ) -> None:
-        self.given, self.tensors, self.measure = given, tuple(tensors), measure
-        parts = {method: measure(found).parts_db for method, found in given.items()}
-        self.single = {method: float(np.median(found)) for method, found in parts.items()}
+    def __init__(self, given: Mapping[str, Ranges], tensors: Sequence[str], folds: Sequence[Fold]) -> None:
+        self.given, self.tensors, self.folds = given, tuple(tensors), folds
+        names = list(next(iter(given.values())).tensors)
+        found = {method: self.measure(dict.fromkeys(names, method)) for method in given}
+        self.single = {method: errors.snr_db for method, errors in found.items()}
         self.count = len(given)
         self.order = sorted(given, key=lambda method: -self.single[method])  # stable: the plainest first among equals
-        self.best = self.order[0]
-        self.now = parts[self.best]
-        self.method = dict.fromkeys(given[self.best].tensors, self.best)
+        first, highest = next(iter(given)), self.order[0]
+        self.best = highest if self.single[highest] > self.single[first] + CLOSE_DB else first
+        self.now, self.snr_db = found[self.best].parts_db, self.single[self.best]
+        self.method = dict.fromkeys(names, self.best)
         self.gain: dict[str, tuple[float, int]] = {}
 
     def split(self, tensors: Sequence[str], parts: int) -> list[tuple[str, ...]]:
@@ -150,11 +190,12 @@ class _Search:
                 continue
             tried.add(ends)
             self.count += 1
-            parts = self.measure(self._ranges(trial)).parts_db
+            errors = self.measure(trial)
+            parts = errors.parts_db
             value = float(np.median(parts - start))
             highest = max(highest, value)
             if (parts > start).all() and value > gain:
-                gain, self.now, self.method = value, parts, trial
+                gain, self.now, self.method, self.snr_db = value, parts, trial, errors.snr_db
         if gain:
             self.gain |= dict.fromkeys(group, (gain, len(group)))
         return highest
@@ -162,10 +203,10 @@ class _Search:
     def result(self) -> Chosen:
         nothing = (0.0, 1)
         return Chosen(
-            ranges=self._ranges(self.method),
+            ranges=_ranges(self.given, self.method),
             best=self.best,
             single_db=self.single,
-            snr_db=float(np.median(self.now)),
+            snr_db=self.snr_db,
             choices=tuple(
                 Choice(
                     tensor=name,
@@ -182,9 +223,17 @@ class _Search:
         found = [self.given[trial[name]].tensors[name] for name in group]
         return tuple((each.low, each.high) for each in found)
 
-    def _ranges(self, trial: Mapping[str, str]) -> Ranges:
-        tensors = {name: self.given[method].tensors[name] for name, method in trial.items()}
-        return replace(self.given[self.best], tensors=tensors, method="auto")
+    def measure(self, trial: Mapping[str, str]) -> Errors:
+        """Of tensors by these methods, on the batches of all folds."""
+        parts = [fold.measure(_ranges(fold.given, trial)) for fold in self.folds]
+        return Errors(
+            signal=np.concatenate([part.signal for part in parts]), noise=np.concatenate([part.noise for part in parts])
+        )
+
+
+def _ranges(given: Mapping[str, Ranges], trial: Mapping[str, str]) -> Ranges:
+    tensors = {name: given[method].tensors[name] for name, method in trial.items()}
+    return replace(next(iter(given.values())), tensors=tensors, method="auto")
 
 
 def _used(int8: ir.Model, ranges: Ranges) -> list[str]:

@@ -41,7 +41,7 @@ COLLAPSED_DB = 12.0
 NAMED = 3  # groups that are told
 MOST_TIMED = 6  # plans that are timed as a whole
 USUALLY_TIMED = 2  # of them, for what is announced
-DB_PER_PERCENT = 1.0  # of the outputs' SNR, that a percent of time must buy
+DB_PER_PERCENT = 0.5  # of the outputs' SNR, that a percent of time must buy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,9 +33,14 @@ def int8() -> ir.Model:
 
 
 @functools.cache
+def folds() -> tuple[auto.Fold, ...]:
+    model, plan, _ = prepared()
+    return auto.crossed(model, int8(), plan.tensors, BATCHES)
+
+
+@functools.cache
 def chosen() -> auto.Chosen:
-    model, _, given = prepared()
-    return auto.choose(model, int8(), given, BATCHES)
+    return auto.choose(int8(), prepared()[2], folds())
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -70,15 +75,13 @@ def test_auto_is_no_worse_than_the_method_it_began_from_and_says_so() -> None:
 
 
 def test_auto_is_deterministic() -> None:
-    model, _, given = prepared()
-    again = auto.choose(model, int8(), given, BATCHES)
+    again = auto.choose(int8(), prepared()[2], folds())
     assert again.ranges.to_json() == chosen().ranges.to_json()
     assert again.choices == chosen().choices
 
 
 def test_budget_of_evaluations_is_kept() -> None:
-    model, _, given = prepared()
-    assert auto.choose(model, int8(), given, BATCHES, evaluations=7).evaluations == 7
+    assert auto.choose(int8(), prepared()[2], folds(), evaluations=7).evaluations == 7
 
 
 def test_one_bad_range_is_taken_from_the_other_method() -> None:
@@ -90,7 +93,8 @@ def test_one_bad_range_is_taken_from_the_other_method() -> None:
     victim = tensors[2]
     a = replace(good, tensors={**good.tensors, victim: wide[victim]})
     b = replace(good, tensors={**wide, victim: good.tensors[victim]})
-    found = auto.choose(model, int8(), {"a": a, "b": b}, BATCHES)
+    both = {"a": a, "b": b}
+    found = auto.choose(int8(), both, [auto.Fold(given=both, measure=auto.evaluator(model, int8(), BATCHES))])
     assert found.best == "a"
     assert [choice.tensor for choice in found.changed if choice.method == "b"] == [victim]
     assert found.changed[0].gain_db > 3
@@ -123,7 +127,8 @@ def test_change_that_helps_one_batch_much_and_hurts_others_is_not_kept() -> None
                 noise *= 4
             return auto.Errors(signal=np.ones((16, 1)), noise=noise)
 
-        found = auto._Search({"a": a, "b": b}, [tensor, other], measure)
+        given = {"a": a, "b": b}
+        found = auto._Search(given, [tensor, other], [auto.Fold(given=given, measure=measure)])
         found.improve([tensor], auto.EVALUATIONS)
         return found.result()
 
@@ -141,6 +146,39 @@ def test_scale_and_zero_point(low: float, high: float, scale: float, zero: int) 
 
 
 def test_nothing_to_choose_from_is_refused() -> None:
-    model, _, given = prepared()
-    with pytest.raises(CalibrationError, match="found 5 methods, 0 batches"):
-        auto.choose(model, int8(), given, [])
+    model, plan, _ = prepared()
+    with pytest.raises(CalibrationError, match="found 0 batches to compare on"):
+        auto.crossed(model, int8(), plan.tensors, [])
+
+
+def test_ranges_are_judged_on_batches_they_are_not_from() -> None:
+    model, plan, _ = prepared()
+    for fold, seen, judged in zip(folds(), (BATCHES[::2], BATCHES[1::2]), (BATCHES[1::2], BATCHES[::2]), strict=True):
+        given = auto.candidates(model, observe(model, plan.tensors, seen, (), True))
+        assert {name: each.to_json() for name, each in fold.given.items()} == {n: r.to_json() for n, r in given.items()}
+        errors, expected = fold.measure(given["mse"]), auto.evaluator(model, int8(), judged)(given["mse"])
+        np.testing.assert_array_equal(errors.noise, expected.noise)
+
+
+def test_single_batch_is_judged_by_its_own_ranges() -> None:
+    model, plan, _ = prepared()
+    (fold,) = auto.crossed(model, int8(), plan.tensors, BATCHES[:1])
+    own = auto.candidates(model, observe(model, plan.tensors, BATCHES[:1], (), True))
+    assert fold.given["minmax"].to_json() == own["minmax"].to_json()
+
+
+@pytest.mark.parametrize(("noise", "best"), [(1.08, "minmax"), (1.2, "mse")])
+def test_method_that_clips_nothing_is_taken_where_no_other_is_better_by_half_a_decibel(noise: float, best: str) -> None:
+    """0.33 dB and 0.79 dB."""
+    ends = {"minmax": 2.0, "mse": 1.0}
+    given = {
+        name: Ranges(tensors={"x": Range(low=0.0, high=high, elements=1, masked=0)}, batches=4, method=name)
+        for name, high in ends.items()
+    }
+
+    def measure(found: Ranges) -> auto.Errors:
+        wide = found.tensors["x"].high == ends["minmax"]
+        return auto.Errors(signal=np.ones((4, 1)), noise=np.full((4, 1), noise if wide else 1.0))
+
+    found = auto._Search(given, ["x"], [auto.Fold(given=given, measure=measure)])
+    assert found.best == best

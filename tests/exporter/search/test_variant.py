@@ -60,22 +60,23 @@ def test_plan_that_is_measured_is_the_one_that_ships(name: str, target: Target, 
     found = observe(model, plan.tensors, batches, bias.channels(model, plan))
     ranges = distinguish(model, found.ranges)
     corrected = replace(correct.improve(model, plan, ranges, found.means, target, batches), shifted=True)
-    plain = correct.under(model, plan, ranges, found.means, corrected, gates_on_codes=False)
-    source = partial(correct.source, model, means=found.means, corrected=corrected)
+    ranges, means = corrected.ranges, corrected.means
+    plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
+    source = partial(correct.source, model, means=means, corrected=corrected)
     plans = Plans(model, plan, plain, source, target, (), shapes)
     floats = frozenset(plans.layers[:count])
     choice = Choice(floats=floats).with_dynamic(plans.dynamic & set(plans.layers[:dynamic]))
     if dynamic and not choice.dynamic:
         return  # no linear layer to be dynamic
     measured = graph.runner(plans.int8(choice))
-    shipped = graph.runner(correct.under(model, plans.plan(choice), ranges, found.means, corrected))
+    shipped = graph.runner(correct.under(model, plans.plan(choice), ranges, means, corrected))
     for batch in batches:
         theirs = shipped(batch)
         assert {key: value.tobytes() for key, value in measured(batch).items()} == {
             key: value.tobytes() for key, value in theirs.items()
         }
     if floats:
-        int8 = correct.under(model, plans.plan(choice), ranges, found.means, corrected)
+        int8 = correct.under(model, plans.plan(choice), ranges, means, corrected)
         (layer,) = (node for node in int8.graph if node.name in floats)
-        own = next(node for node in model.graph if node.name in floats)
+        own = next(node for node in source(plan).graph if node.name in floats)
         assert np.array_equal(graph.constant(layer.inputs[1]), graph.constant(own.inputs[1]))  # type: ignore[arg-type]
