@@ -123,7 +123,7 @@ def run(
         int | None, typer.Option(min=0, metavar="N", help="Look at no more plans than this; 0 takes the static one.")
     ] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(min=0, metavar="MINUTES", help="Search for a plan no longer than this.")
+        float | None, typer.Option(min=0, metavar="MINUTES", help="Time and search for a plan no longer than this.")
     ] = None,
     as_json: Json = False,
 ) -> None:

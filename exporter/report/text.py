@@ -89,11 +89,12 @@ def _effort(report: Report) -> str:
 
 
 def _beside_fp32(report: Report) -> str:
-    """How fast the plan was beside FP32 when the search timed it; plainly where it was slower. Empty where nothing was timed."""
+    """How fast the plan is beside FP32, as the search timed them; plainly where it is slower. Empty where FP32 was not timed."""
     found = report.search
     if found.fp32_ms is None:
         return ""
-    speed = f"{found.fp32_ms / found.chosen.ms:.2f}x as fast as FP32 when it was timed"
+    how = "when it was timed" if found.chosen.timed or found.chosen == found.first else "as predicted"
+    speed = f"{found.fp32_ms / found.chosen.ms:.2f}x as fast as FP32 {how}"
     if found.chosen.ms <= found.fp32_ms:
         return speed
     if min(point.ms for point in found.points) > found.fp32_ms:

@@ -56,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searched:
-    """The search for a plan: what it aimed at, every plan it looked at (SNR on calibration batches, predicted ms), the chosen one.
+    """The search for a plan: what it aimed at, every plan it looked at (SNR on calibration batches, ms), the chosen one.
 
     first: the static plan. accepted: whether the chosen one meets the budget; reached: and the aim. capped: whether a cap ended
     the search. worst: the groups of layers in which most noise arises. costs: where the ms come from.

@@ -173,8 +173,8 @@ def test_layer_inside_a_branch_is_listed_as_float_with_its_reason(tmp_path: Path
 def test_search_says_how_fast_the_plan_was_beside_fp32_and_plainly_if_it_is_slower(exported: Exported) -> None:
     report, first = exported.report, exported.report.search.first
 
-    def said(fp32_ms: float | None, ms: float) -> str:
-        chosen = replace(first, ms=ms)
+    def said(fp32_ms: float | None, ms: float, timed: bool = True) -> str:
+        chosen = replace(first, ms=ms, timed=timed)
         points = (chosen, replace(first, ms=1.0))
         found = replace(report.search, chosen=chosen, points=points, fp32_ms=fp32_ms)
         return text.search(replace(report, search=found))
@@ -183,6 +183,16 @@ def test_search_says_how_fast_the_plan_was_beside_fp32_and_plainly_if_it_is_slow
     assert "1.50x as fast as FP32 when it was timed;" in said(1.5, 1.0)
     assert "0.90x as fast as FP32 when it was timed: NO PLAN WITH AN INT8 LAYER IS FASTER;" in said(0.9, 1.0)
     assert "0.75x as fast as FP32 when it was timed: a faster plan is not accurate enough;" in said(1.5, 2.0)
+    assert "1.25x as fast as FP32 as predicted;" in said(1.5, 1.2, timed=False)
+
+
+def test_page_marks_the_plans_that_were_timed(exported: Exported) -> None:
+    first = exported.report.search.first
+    points = (first, replace(first, ms=first.ms / 2, snr_db=1.0, timed=True))
+    found = replace(exported.report.search, points=points)
+    page = html.render(replace(exported.report, search=found), Plan(decisions=(), tensors=()))
+    assert f"{first.ms / 2:.3f}*</td>" in page and f"{first.ms:.3f}</td>" in page
+    assert "predicted ms" not in page
 
 
 def test_search_says_what_was_announced_and_what_it_took(exported: Exported) -> None:
