@@ -141,6 +141,8 @@ class _Price:
 
 def minutes(seconds: float) -> str:
     """ "40 s", "3.5 min": to be read at a glance."""
+    if seconds < 1:
+        return "under 1 s"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
