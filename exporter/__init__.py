@@ -1,6 +1,6 @@
 """packlight, at export: a PyTorch or ONNX model -> an int8 bundle that proves itself.
 
-Names are loaded when they are first used: a command that only shows something need not load torch.
+Names are loaded when they are first used: a worker of a cluster that counts no values need not load torch.
 """
 
 import importlib

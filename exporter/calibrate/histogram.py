@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from exporter.batches import Array
 
@@ -79,6 +78,8 @@ class Counter:
 
     def add(self, values: Array, low: float, high: float, scratch: tuple[Array, Array]) -> None:
         """Count float32 values, flat, all of them in [low, high], which are their smallest and largest."""
+        import torch  # seconds at start-up, which a worker that counts nothing does not wait
+
         self._widen(low, high)
         scale = np.float32(math.ldexp(1.0, -self._exponent)) if self._exponent <= 0 else None
         bins = len(self._counts)

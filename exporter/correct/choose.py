@@ -97,41 +97,43 @@ def improve(
     seen, unseen = apart(batches)
     expected = list(map(graph.runner(graph.unsquashed(model)), unseen))
 
-    def nearest(ground: _Ground) -> ir.Model:
-        return quantize.to_int8(ground.model, plan, ground.ranges, _nearest(ground, plan, pairs))
+    def nearest(ground: _Ground) -> tuple[_Ground, Mapping[str, Rounded], ir.Model]:
+        """The codes rounded to nearest, which the quantizer makes itself where no pair rule is asked for; the int8 graph."""
+        rounded = rounding.under_pair_rule(ground.model, plan)[0] if pairs else {}
+        return ground, rounded, quantize.to_int8(ground.model, plan, ground.ranges, rounded)
 
     def db(model: ir.Model) -> float:
         run = graph.runner(graph.unsquashed(model))
         return drift.measure(zip(expected, map(run, unseen), strict=True)).worst_snr_db
 
     tried: list[Correction] = []
-    ground = _Ground(model=model, ranges=ranges, means=means, moved=None)
-    int8, smoothed = nearest(ground), _smoothed(ground, plan, seen, unseen, expected)
+    ground, plain, int8 = nearest(_Ground(model=model, ranges=ranges, means=means, moved=None))
+    smoothed = _smoothed(ground, plan, seen, unseen, expected)
     if smoothed is not None:
         other = nearest(smoothed)
-        before, after = db(int8), db(other)
+        before, after = db(int8), db(other[2])
         kept = after > before + SMOOTH_WORTH_DB
         tried.append(Correction(name="smooth", before_db=before, after_db=after, kept=kept))
-        ground, int8 = (smoothed, other) if kept else (ground, int8)
+        ground, plain, int8 = other if kept else (ground, plain, int8)
     codes = quantize.weights(int8)
 
+    def corrected(rounded: Mapping[str, Rounded], shifted: bool) -> ir.Model:
+        return bias.correct(ground.model, plan, ground.means, {**codes, **rounded}) if shifted else ground.model
+
     def measured(rounded: Mapping[str, Rounded], shifted: bool) -> _Weights:
-        weights = {**codes, **rounded}
-        corrected = bias.correct(ground.model, plan, ground.means, weights) if shifted else ground.model
-        return _Weights(rounded=rounded, shifted=shifted, snr_db=db(_with_weights(corrected, plan, weights)))
+        changed = _with_weights(corrected(rounded, shifted), plan, {**codes, **rounded})
+        return _Weights(rounded=rounded, shifted=shifted, snr_db=db(changed))
 
     def either(rounded: Mapping[str, Rounded]) -> _Weights:
         return max((measured(rounded, shifted) for shifted in (True, False)), key=lambda each: each.snr_db)
 
-    first = best = measured(_nearest(ground, plan, pairs), shifted=False)
+    first = best = measured(plain, shifted=False)
     best = _better("bias", best, measured(best.rounded, shifted=True), tried)
     best = _better("scale", best, either(rounding.at_best_scale(ground.model, plan, pair_rule=pairs)), tried)
     if seen:
         best = _better("gptq", best, either(gptq.rounded(ground.model, plan, seen, pair_rule=pairs)), tried)
     if best is not first:
-        weights = {**codes, **best.rounded}
-        corrected = bias.correct(ground.model, plan, ground.means, weights) if best.shifted else ground.model
-        int8 = quantize.to_int8(corrected, plan, ground.ranges, best.rounded)
+        int8 = quantize.to_int8(corrected(best.rounded, best.shifted), plan, ground.ranges, best.rounded)
     pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(int8))
     if pairs and not pair_rule:
         raise QuantizeError(
@@ -198,11 +200,6 @@ class _Weights:
     rounded: Mapping[str, Rounded]
     shifted: bool
     snr_db: float
-
-
-def _nearest(ground: _Ground, plan: Plan, pairs: bool) -> Mapping[str, Rounded]:
-    """Codes rounded to nearest under the pair rule; none where the quantizer's own will do."""
-    return rounding.under_pair_rule(ground.model, plan)[0] if pairs else {}
 
 
 def _with_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -> ir.Model:
