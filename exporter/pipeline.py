@@ -34,8 +34,6 @@ from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
 from exporter.source import Source
 
-COMPARED = 16  # calibration batches on which plans are compared, and weights stored as codes or not
-
 
 def export(
     source: Source,
@@ -122,7 +120,7 @@ def _export(
     tell.stage("quantize, and keep the corrections that help")
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
 
-    few = split.kept[:COMPARED]
+    few = search.compared(split.kept, plan)
     better = search.improve(
         prepared.model, prepared.reference, plan, corrected.ranges, corrected.means, corrected, cpu, recipe, shapes, few, accepts,
         caps, tell,

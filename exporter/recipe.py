@@ -57,7 +57,7 @@ class Search(_Table):
     """
 
     aim_snr_db: float = 30.0
-    max_slower: float = Field(default=0.05, ge=0, le=10)
+    max_slower: float = Field(default=0.1, ge=0, le=10)
 
 
 class Budget(_Table):

@@ -2,6 +2,18 @@
 
 from exporter.search.find import Found, minutes, search
 from exporter.search.improve import Caps, Improved, improve
-from exporter.search.score import Goal, Point, Problem, frontier
+from exporter.search.score import Goal, Point, Problem, compared, frontier
 
-__all__ = ["Caps", "Found", "Goal", "Improved", "Point", "Problem", "frontier", "improve", "minutes", "search"]
+__all__ = [
+    "Caps",
+    "Found",
+    "Goal",
+    "Improved",
+    "Point",
+    "Problem",
+    "compared",
+    "frontier",
+    "improve",
+    "minutes",
+    "search",
+]

@@ -56,6 +56,7 @@ def settle(
         tell: told of the plans that are timed, where they are many.
         most_seconds, clock: that many may take, and by which clock.
     """
+    costs = _as_timed(plans, costs, frozenset(plans.layers), frozenset(plans.static.int8), fp32)
     if fp32 > 1 + HARDLY:
         floats, taken = _by_profile(plans, costs, ratio)
     else:
@@ -63,7 +64,7 @@ def settle(
     found = replace(prices.settled(costs, plans.in_order(floats)), fp32=fp32)
     if not floats:
         return found
-    return _as_timed(plans, replace(found, timed={prices.name_of(found.faster): taken}), floats, taken)
+    return _as_timed(plans, replace(found, timed={prices.name_of(found.faster): taken}), floats, floats, taken)
 
 
 def _by_profile(plans: Plans, costs: Costs, ratio: Ratio) -> tuple[frozenset[str], float]:
@@ -116,12 +117,12 @@ def _ms(plans: Plans, costs: Costs, floats: frozenset[str]) -> float:
     return prices.predict(plans.model, plans.plan(Choice(floats=floats)), costs, plans.shapes)
 
 
-def _as_timed(plans: Plans, costs: Costs, floats: frozenset[str], taken: float) -> Costs:
-    """The float times of these layers, scaled so that their plan takes in the prediction what it took."""
-    laid = math.fsum(costs.nodes[name].float_ms for name in floats)
+def _as_timed(plans: Plans, costs: Costs, floats: frozenset[str], nodes: frozenset[str], taken: float) -> Costs:
+    """The float times of these nodes, scaled so that the plan with these float layers takes in the prediction what it took."""
+    laid = math.fsum(costs.nodes[name].float_ms for name in sorted(nodes))
     rest = _ms(plans, costs, floats) - laid
     factor = max(0.0, taken * _ms(plans, costs, NONE) - rest) / max(laid, 1e-9)
-    scaled = {name: replace(costs.nodes[name], float_ms=factor * costs.nodes[name].float_ms) for name in floats}
+    scaled = {name: replace(costs.nodes[name], float_ms=factor * costs.nodes[name].float_ms) for name in nodes}
     return replace(costs, nodes={**costs.nodes, **scaled})
 
 

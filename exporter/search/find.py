@@ -10,7 +10,8 @@
 2. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain.
 3. Groups are ranked by gain over price.
 4. Plans are scored jointly, for gains of single groups do not add up: the first 1, 2, 4, ... groups of the rank, then by
-   halves between the last plan that does not reach the aim and the first that does.
+   halves between the last plan that does not reach the aim and the first that does. The same for the first layers of the graph:
+   what they round goes through all the others, and float neighbours need no crossing between them.
 5. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
    group's gain is the noise of the plan in which it alone is as in the base, and all else float.
 
@@ -29,6 +30,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from exporter.place import Plan
 from exporter.progress import Progress
@@ -39,8 +41,10 @@ from exporter.search.score import DYNAMIC_DB, Goal, Point, Problem, Scores, choi
 
 COLLAPSED_DB = 12.0
 NAMED = 3  # groups that are told
-MOST_TIMED = 6  # plans that are timed as a whole
+MOST_TIMED = 4  # plans that are timed as a whole
 USUALLY_TIMED = 2  # of them, for what is announced
+EARLY_STEPS = 8  # of the layers in float from the first one on
+FURTHER = 4  # around the plan that seems best, one evaluation for so many before it
 DB_PER_PERCENT = 0.5  # of the outputs' SNR, that a percent of time must buy
 
 
@@ -96,20 +100,25 @@ def search(
         enough = scores.reached(_best(scores, first, scores.points.values()))
     base, moves = STATIC, list[_Move]()
     if not enough and allowed():
-        base, moves = _moves(scores, first, dynamic)
+        base, moves = _moves(scores, first, quick, dynamic)
         if moves:
             scores.of(moves[0].on(base))  # the first of many: it tells what the others will take
     price = _price(scores, base, moves, clock() - start)
     gains: list[_Gain] = []
     if moves:
-        fastest = min(first, scores.of(base), key=lambda point: point.ms)
-        steps = _tried(scores, base, moves, gains, quick, fastest, allowed)
+        fastest = _fastest(scores, first, scores.points.values())
+        steps = _tried(scores, base, moves, gains, fastest, allowed)
         left = price.evaluations - len(scores.points)
         for _ in tell.each(steps, f"search: {price}", left):
             pass
-    if problem.ratio is not None and len(scores.points) > 1:
-        tell.stage("time the plans that seem best")
-    chosen = _choose(scores, first, in_time)
+    chosen = _timed(scores, first, in_time, tell)
+    if moves and choice_of(chosen) not in (STATIC, quick, base) and not scores.reached(chosen) and allowed():
+        share = len(scores.points) // FURTHER
+        for _ in tell.each(
+            _further(scores, first, chosen, share, allowed), "search: around the plan that seems best", share
+        ):
+            pass
+        chosen = _timed(scores, first, in_time, tell)
     return Found(
         plan=_explained(problem, chosen, first),
         first=first,
@@ -153,7 +162,7 @@ def _price(scores: Scores, base: Choice, moves: Sequence[_Move], spent: float) -
     goal, memory = scores.goal, scores.memory
     singles = dict.fromkeys(choice for move in moves for choice in _needed(scores, base, move))
     done, new = len(scores.points), [choice for choice in singles if choice not in scores.points]
-    joint = _usual_joint_scores(moves)
+    joint = _usual_joint_scores(len(scores.problem.plans.units()))
     count = done + len(new) + joint
     if goal.max_evaluations is not None:
         count = max(done, min(count, goal.max_evaluations))
@@ -166,20 +175,19 @@ def _price(scores: Scores, base: Choice, moves: Sequence[_Move], spent: float) -
     return _Price(evaluations=count, known=known, seconds=seconds)
 
 
-def _usual_joint_scores(moves: Sequence[_Move]) -> int:
-    """The first 1, 2, 4, ... moves, and half as many halves; but the first one or two are known, as groups.
-
-    A move that lies in one before it adds nothing: there are no more prefixes than smallest groups.
-    """
-    least = min(len(move.group) for move in moves)
-    prefixes = sum(len(move.group) == least for move in moves)
-    return max(0, 3 * prefixes.bit_length() // 2 - 2)
+def _usual_joint_scores(units: int) -> int:
+    """The first 1, 2, 4, ... of the rank and half as many halves, of which one or two are known; and those of the first layers."""
+    return max(0, 3 * units.bit_length() // 2 - 2) + min(units // 2, EARLY_STEPS // 2)
 
 
 def _tried(
-    scores: Scores, base: Choice, moves: Sequence[_Move], gains: list[_Gain], quick: Choice, fastest: Point,
+    scores: Scores,
+    base: Choice,
+    moves: Sequence[_Move],
+    gains: list[_Gain],
+    fastest: Point,
     allowed: Callable[[], bool],
-) -> Iterator[int]:  # fmt: skip
+) -> Iterator[int]:
     """Every move by itself, which adds to `gains`, then moves together. An item for each evaluation: how many there have been."""
 
     def work() -> Iterator[None]:
@@ -187,10 +195,11 @@ def _tried(
             if allowed():
                 gains.append(_gain(scores, base, move))
             yield
-        yield from _refine(scores, fastest, _ranked(base.with_floats(quick.floats), scores.of(base), gains), allowed)
+        yield from _refine(scores, fastest, _ranked(base, scores.of(base), gains), allowed)
+        yield from _early(scores, base, fastest, allowed)
 
     seen = len(scores.points)
-    for _ in work():
+    for _ in chain(work(), (None,)):
         yield from range(seen, len(scores.points))
         seen = len(scores.points)
 
@@ -215,13 +224,32 @@ class _Gain:
     ms: float
 
 
-def _moves(scores: Scores, first: Point, dynamic: Choice) -> tuple[Choice, list[_Move]]:
+def _further(scores: Scores, first: Point, chosen: Point, share: int, allowed: Callable[[], bool]) -> Iterator[int]:
+    """The cheapest layers, each by itself and then together, on the plan that seems best: without its noise others can be heard."""
+    base, start, fastest = choice_of(chosen), len(scores.points), _fastest(scores, first, scores.points.values())
+
+    def within() -> bool:
+        return allowed() and len(scores.points) < start + share
+
+    units = [unit for unit in scores.problem.plans.units() if not unit <= base.floats]
+    cheap = sorted(units, key=lambda unit: scores.predicted_ms(base.with_floats(unit)))
+    gains: list[_Gain] = []
+    for unit in cheap[: 3 * share // 4]:
+        if within():
+            gains.append(_gain(scores, base, _Move(group=unit)))
+            yield len(scores.points) - start
+    for _ in _refine(scores, fastest, _ranked(base, chosen, gains), within):
+        yield len(scores.points) - start
+
+
+def _moves(scores: Scores, first: Point, quick: Choice, dynamic: Choice) -> tuple[Choice, list[_Move]]:
     """The base, and what to try on it: groups in float, and dynamic ones where all of them help but are not worth their time."""
     plans = scores.problem.plans
-    base = STATIC.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
-    moves = [_Move(group=group) for group in plans.groups()]
+    static = choice_of(_best(scores, first, [scores.points[each] for each in (STATIC, quick) if each in scores.points]))
+    base = static.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
+    moves = [_Move(group=group) for group in plans.groups() if not group <= base.floats]
     found = scores.points.get(dynamic)
-    if base == STATIC and found is not None and found.snr_db > first.snr_db + DYNAMIC_DB:
+    if base == static and found is not None and found.snr_db > first.snr_db + DYNAMIC_DB:
         moves += [_Move(group=group, dynamic=True) for group in plans.dynamic_groups()]
     return base, moves
 
@@ -267,12 +295,12 @@ def _worst(layers: Sequence[str], gains: Sequence[_Gain]) -> tuple[tuple[str, ..
     return tuple(tuple(name for name in layers if name in gain.move.group) for gain in single[:NAMED])
 
 
-def _ranked(start: Choice, before: Point, gains: Sequence[_Gain]) -> list[Choice]:
+def _ranked(base: Choice, before: Point, gains: Sequence[_Gain]) -> list[Choice]:
     """The plans with the first n moves for each n, by gain over price; a move that changes nothing is left out."""
     free = 1e-3 * before.ms  # what is cheaper than this costs nothing that can be measured
     helping = sorted((gain for gain in gains if gain.noise > 0), key=lambda gain: -gain.noise / max(gain.ms, free))
     prefixes: list[Choice] = []
-    choice = start
+    choice = base
     for gain in helping:
         wider = gain.move.on(choice)
         if wider != choice:
@@ -281,13 +309,34 @@ def _ranked(start: Choice, before: Point, gains: Sequence[_Gain]) -> list[Choice
     return prefixes
 
 
+def _early(scores: Scores, base: Choice, fastest: Point, allowed: Callable[[], bool]) -> Iterator[None]:
+    """Score the first eighth of the layers in float, two eighths, ... until a plan is too slow; then either side of the best."""
+    plans, units = [base], scores.problem.plans.units()
+    for unit in units[:-1]:
+        plans.append(plans[-1].with_floats(unit))
+    step = math.ceil(len(units) / EARLY_STEPS)
+    sizes = [size for size in range(step, len(plans), step) if plans[size] != base]
+    reached = False
+    tried = [scores.of(base)]
+    for size in sizes:
+        if allowed() and not reached:
+            tried.append(scores.of(plans[size]))
+            reached = scores.reached(tried[-1]) or scores.too_slow(tried[-1], fastest)
+            yield
+    best = choice_of(_best(scores, fastest, tried))
+    if best != base:
+        for size in (plans.index(best) - step // 2, plans.index(best) + step // 2):
+            if allowed() and size < len(plans):
+                scores.of(plans[size])
+                yield
+
+
 def _refine(scores: Scores, fastest: Point, prefixes: Sequence[Choice], allowed: Callable[[], bool]) -> Iterator[None]:
     """Score the first 1, 2, 4, ... moves until a plan is accurate enough or too slow, then between the last two."""
-    most = scores.most_ms(fastest)
 
     def enough(size: int) -> bool:
         point = scores.of(prefixes[size - 1])
-        return scores.reached(point) or (scores.accepts(point) and point.ms > most)
+        return scores.reached(point) or (scores.accepts(point) and scores.too_slow(point, fastest))
 
     low, high = 0, min(1, len(prefixes))
     while high and allowed() and not enough(high) and high < len(prefixes):
@@ -299,33 +348,43 @@ def _refine(scores: Scores, fastest: Point, prefixes: Sequence[Choice], allowed:
         yield
 
 
-def _choose(scores: Scores, first: Point, in_time: Callable[[], bool]) -> Point:
-    """Of the plans that meet the budget and are not too slow the one worth most; else the fastest that meets it; else the closest.
+def _timed(scores: Scores, first: Point, in_time: Callable[[], bool], tell: Progress) -> Point:
+    """The plan that is worth most, by the times of whole models where the target is here.
+
+    Of the plans that meet the budget and are not too slow the one worth most; else the fastest that meets it; else the closest.
 
     worth = min(SNR, aim) - DB_PER_PERCENT · percent of time above the fastest - DYNAMIC_DB where a layer is dynamic
     """
+    if scores.problem.ratio is not None and len(scores.points) > 1:
+        tell.stage("time the plans that seem best")
     for number in range(MOST_TIMED):
         best = _best(scores, first, scores.points.values())
         if number and not in_time():  # one is always timed: a profile is not enough to ship by
             break
-        if scores.timed(best, first) == best:
+        if scores.settled(best):
             return best
-    return _best(scores, first, [point for point in scores.points.values() if point.timed or point == first])
+        scores.timed(best, first)
+    return _best(scores, first, filter(scores.settled, scores.points.values()))
+
+
+def _fastest(scores: Scores, first: Point, points: Iterable[Point]) -> Point:
+    """A plan that has a layer in integers, as one must."""
+    some = (point for point in points if len(point.float_layers) < len(scores.problem.plans.layers))
+    return min((*some, first), key=lambda point: (point.ms, -point.snr_db))
 
 
 def _best(scores: Scores, first: Point, points: Iterable[Point]) -> Point:
     goal = scores.goal
     every = sorted(points, key=lambda point: (point.ms, -point.snr_db))
     every = [point for point in every if len(point.float_layers) < len(scores.problem.plans.layers)] or [first]
-    fastest = min(every[0], first, key=lambda point: point.ms)
-    most = scores.most_ms(fastest)
+    fastest = _fastest(scores, first, every)
 
     def worth(point: Point) -> float:
-        slower = point.ms / max(fastest.ms, 1e-9) - 1
+        slower = scores.hoped_ms(point, fastest) / max(fastest.ms, 1e-9) - 1
         price = DB_PER_PERCENT * 100 * slower + (DYNAMIC_DB if point.dynamic_layers else 0.0)
         return min(point.snr_db, goal.aim_snr_db) - price
 
-    quick = sorted((point for point in every if point.ms <= most), key=lambda each: -worth(each))
+    quick = sorted((point for point in every if not scores.too_slow(point, fastest)), key=lambda each: -worth(each))
     accepted = next((point for point in (*quick, *every) if scores.accepts(point)), None)
     return accepted or max(every, key=lambda point: point.snr_db)
 

@@ -107,9 +107,16 @@ class Plans:
 
         Layers that share a weight are float together, or the file would hold it twice.
         """
-        unit = max(1, math.ceil(len(self.layers) / MOST_UNITS))
-        sizes = [size for size in (unit, 2 * unit, 4 * unit) if size <= len(self.layers)]
+        sizes = [size for size in (self._unit, 2 * self._unit, 4 * self._unit) if size <= len(self.layers)]
         return list(dict.fromkeys(group for size in sizes for group in self._chunks(self.layers, size)))
+
+    def units(self) -> list[frozenset[str]]:
+        """The smallest groups, in graph order."""
+        return self._chunks(self.layers, self._unit)
+
+    @property
+    def _unit(self) -> int:
+        return max(1, math.ceil(len(self.layers) / MOST_UNITS))
 
     def dynamic_groups(self) -> list[frozenset[str]]:
         """Those that may be dynamic, in a few groups of neighbours."""

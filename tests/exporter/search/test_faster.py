@@ -38,6 +38,17 @@ def test_plan_that_is_much_faster_than_fp32_is_left_alone_without_timing() -> No
     assert (found.faster, found.fp32, asked) == ((), 2.0, [])
 
 
+def test_float_layers_take_together_what_fp32_took() -> None:
+    given = with_float_ms(problem(), one=9.0, bad=4.0, three=4.0, four=4.0)
+    found, _ = settled(given, 2.0, lambda floats: 0.5)
+    static, floats = (
+        costs.predict(given.plans.model, given.plans.plan(Choice(floats=each)), found, given.plans.shapes)
+        for each in (frozenset[str](), frozenset(LAYERS))
+    )
+    assert floats / static == pytest.approx(2.0)
+    assert found.nodes["one"].float_ms / found.nodes["three"].float_ms == pytest.approx(9 / 4)
+
+
 @pytest.mark.parametrize(
     ("taken", "most_macs", "layers"), [(0.9, 0.3, ("four",)), (0.98, 0.3, ()), (0.9, faster.MOST_MACS, ())]
 )

@@ -16,7 +16,7 @@ from exporter.budget import Run
 from exporter.calibrate import distinguish, observe
 from exporter.progress import Silent
 from exporter.recipe import Rule
-from exporter.search import Goal, Problem, costs, frontier, minutes, search
+from exporter.search import Goal, Problem, compared, costs, frontier, minutes, search
 from exporter.search.memory import Memory
 from exporter.search.plans import Choice, Plans
 from exporter.target import X86_VNNI, Target
@@ -148,6 +148,41 @@ def test_no_more_evaluations_than_allowed() -> None:
         assert found.capped
 
 
+def test_first_layers_are_tried_together() -> None:
+    tried = {point.float_layers for point in search(problem(), replace(NO_LIMIT, aim_snr_db=1000.0), Silent()).points}
+    assert {("one",), ("one", "bad"), ("one", "bad", "three")} <= tried
+
+
+def test_layers_are_tried_on_the_plan_that_seems_best_a_quarter_as_many_as_before() -> None:
+    told = Told()
+    goal = replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.06)
+    found = search(problem(), goal, told)
+    further = [each for each in told.said if each.startswith("search: around")]
+    assert found.chosen != found.first
+    assert len(further) == 1
+    assert found.evaluations <= 1.25 * (found.announced + 1)
+
+
+def test_plan_with_more_float_layers_counts_with_what_one_that_was_timed_took_over_its_prediction() -> None:
+    goal = replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.3)
+    one = {"one"}
+    given = replace(problem(), ratio=lambda layers, dynamic, _: 1.2 if one <= set(layers) else 1.0)
+    found = search(given, goal, Silent())
+    assert any(point.timed and one <= set(point.float_layers) for point in found.points)
+    assert "one" not in found.chosen.float_layers
+    dear = [p for p in found.points if not p.timed and p.float_layers == ("one",)]
+    assert all(point.ms < 4.2 for point in dear)  # it has fewer layers than what was timed
+
+
+@pytest.mark.parametrize(("macs", "batches"), [(1, 64), (500_000_000, 32), (2_000_000_000, 16)])
+def test_plans_are_compared_on_as_many_batches_as_are_quick(macs: int, batches: int) -> None:
+    plan = problem().plans.static
+    plan = replace(plan, decisions=(replace(plan.decisions[0], macs=macs),))
+    kept = [{"x": graphs.noise(seed, 1, 16)} for seed in range(64)]
+    assert compared(kept, plan) == kept[:batches]
+    assert compared(kept[:8], plan) == kept[:8]
+
+
 @dataclass
 class Told(Silent):
     """The stages, and the bars with their totals and how many items came."""
@@ -272,7 +307,8 @@ def test_plan_that_is_slower_than_predicted_counts_with_its_own_time() -> None:
         return 1.5 if len(layers) > 1 else 1.01
 
     found = search(replace(given, ratio=ratio), goal, Silent())
-    assert asked[0] == predicted.float_layers
+    assert set(predicted.float_layers) <= set(asked[0])  # and one more, which may be faster than predicted
+    assert len(asked) <= 8
     assert found.chosen.float_layers == ("bad",)
     assert found.chosen.timed
     assert found.chosen.ms == pytest.approx(4.04)
@@ -384,7 +420,7 @@ def test_some_layers_are_dynamic_where_all_of_them_take_too_long() -> None:
     assert 1 <= len(found.chosen.dynamic_layers) <= 2
     assert found.chosen.ms <= 1.007 * found.first.ms
     assert any(len(point.dynamic_layers) == 3 and point.snr_db > 30 for point in found.points)
-    assert found.evaluations <= found.announced
+    assert found.evaluations <= 1.3 * found.announced
 
 
 def test_dynamic_plan_counts_with_its_own_time_and_others_with_their_share_of_it() -> None:
