@@ -105,7 +105,7 @@ def risk(manifest: Manifest, pairs_in_int16: bool) -> str:
 class Bundle:
     """A verified bundle with its int8 model open. Arrays in, arrays out."""
 
-    __slots__ = ("_inputs", "_outputs", "_session", "manifest", "model", "path", "providers", "threads")
+    __slots__ = ("_fitting", "_inputs", "_outputs", "_session", "manifest", "model", "path", "providers", "threads")
 
     def __init__(
         self,
@@ -130,6 +130,9 @@ class Bundle:
         _agree(model, "input", self._session.get_inputs(), manifest.inputs)
         _agree(model, "output", self._session.get_outputs(), manifest.outputs)
         self._inputs = [(tensor.name, np.dtype(tensor.dtype), tensor) for tensor in manifest.inputs]
+        self._fitting: list[
+            tuple[int, ...]
+        ] = []  # shapes of the last inputs that fitted: the next ones mostly have the same
         self._outputs = [tensor.name for tensor in manifest.outputs]
 
     @property
@@ -151,7 +154,6 @@ class Bundle:
             PacklightError: ONNX Runtime failed while running.
         """
         feed: dict[str, Array] = {}
-        sizes: dict[str, int] = {}
         for name, dtype, tensor in self._inputs:
             try:
                 array = inputs[name]
@@ -167,12 +169,16 @@ class Bundle:
                     expected=tensor.dtype,
                     do="convert it with astype",
                 )
-            if array.shape != tensor.shape:
-                _match(array, tensor, sizes)
             feed[name] = array
         if len(inputs) != len(feed):
             unknown = next(name for name in inputs if name not in feed)
             raise InputError("input is unknown", name=unknown, found=unknown, expected=", ".join(feed))
+        shapes = [array.shape for array in feed.values()]
+        if shapes != self._fitting:
+            sizes: dict[str, int] = {}
+            for _, _, tensor in self._inputs:
+                _match(feed[tensor.name], tensor, sizes)
+            self._fitting = shapes
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
         except ORT_ERRORS as error:

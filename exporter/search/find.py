@@ -162,7 +162,7 @@ def _price(scores: Scores, base: Choice, moves: Sequence[_Move], spent: float) -
     goal, memory = scores.goal, scores.memory
     singles = dict.fromkeys(choice for move in moves for choice in _needed(scores, base, move))
     done, new = len(scores.points), [choice for choice in singles if choice not in scores.points]
-    joint = _usual_joint_scores(len(scores.problem.plans.units()))
+    joint = _usual_joint_scores(sum(not unit <= base.floats for unit in scores.problem.plans.units()))
     count = done + len(new) + joint
     if goal.max_evaluations is not None:
         count = max(done, min(count, goal.max_evaluations))
