@@ -44,7 +44,6 @@ def lay(changed: ir.Model, model: ir.Model, layers: Collection[str], weights: Ma
     if not layers:
         return
     named = {node.name: node.inputs[1].name or "" for node in model.graph if node.name in layers and node.inputs[1]}
-    taken = {value.name for value in edit.tensors(changed)}
     inputs: dict[ir.Value, ir.Node] = {}
     stored: dict[str, tuple[ir.Value, ir.Value]] = {}
     for node in [node for node in changed.graph if node.name in named]:
@@ -59,9 +58,9 @@ def lay(changed: ir.Model, model: ir.Model, layers: Collection[str], weights: Ma
             value = edit.initializer(changed, key, codes)
             stored[key] = value, edit.initializer(changed, f"{value.name}_scale", np.asarray(rounded.scale, np.float32))
         if x not in inputs:
-            inputs[x] = _codes_of(x, node, taken)
+            inputs[x] = _codes_of(changed, x, node)
             changed.graph.insert_before(node, inputs[x])
-        _replace(changed, node, inputs[x], *stored[key], taken)
+        _replace(changed, node, inputs[x], *stored[key])
     RemoveUnusedNodesPass()(changed)
 
 
@@ -93,26 +92,17 @@ def _stored(laid: ir.Model) -> Iterator[tuple[str, Array, Array]]:
             yield weight.name, codes, scale
 
 
-def _free(taken: set[str | None], name: str) -> str:
-    """`name`, or `name_1`, ..., which is taken from now on: `edit.free_name` for many names at once."""
-    free = next(each for each in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if each not in taken)
-    taken.add(free)
-    return free
-
-
-def _codes_of(x: ir.Value, reader: ir.Node, taken: set[str | None]) -> ir.Node:
+def _codes_of(model: ir.Model, x: ir.Value, reader: ir.Node) -> ir.Node:
     """The node that finds the range of x and rounds it. Its time is counted with the layer that reads it first."""
     node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{reader.name}_dynamic_codes")
     types = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
     for value, part, dtype in zip(node.outputs, ("codes", "scale", "zero_point"), types, strict=True):
-        value.name, value.dtype = _free(taken, f"{x.name}_dynamic_{part}"), dtype
+        value.name, value.dtype = edit.free_name(model, f"{x.name}_dynamic_{part}"), dtype
         value.shape = x.shape if part == "codes" else ir.Shape([])
     return node
 
 
-def _replace(
-    model: ir.Model, node: ir.Node, codes: ir.Node, weight: ir.Value, scale: ir.Value, taken: set[str | None]
-) -> None:
+def _replace(model: ir.Model, node: ir.Node, codes: ir.Node, weight: ir.Value, scale: ir.Value) -> None:
     x_codes, x_scale, x_zero = codes.outputs
     before, name = node.outputs[0], node.name
     product = ir.node(PRODUCT, [x_codes, weight, x_zero], name=name)
@@ -126,7 +116,7 @@ def _replace(
         new.append(ir.node("Add", [real.outputs[0], given], name=f"{name}_dynamic_bias"))
     for each, part in zip(new, ("sums", "cast", "scales", "real", "biased"), strict=False):
         value = each.outputs[0]
-        value.name = _free(taken, f"{before.name}_dynamic_{part}")
+        value.name = edit.free_name(model, f"{before.name}_dynamic_{part}")
         value.shape = scale.shape if each is scales else before.shape
         value.dtype = ir.DataType.INT32 if each is product else ir.DataType.FLOAT
     edit.replace(model, [node], new, before, new[-1].outputs[0])

@@ -370,14 +370,8 @@ def _cut(
 
 def _add_crossing(network: nx.DiGraph, value: ir.Value, target: Target, elements: int) -> None:
     """The price of a tensor whose producer and readers stand on different sides, paid once."""
-    producer = value.producer()
-    maker: object = "float" if producer is None else producer
-    consumers = [node for node in graph.consumers(value) if node.op_type not in SHAPE_READERS]
-    readers: list[object] = [node for node in consumers if node in network]
-    if value.is_graph_output() or len(readers) < len(consumers):  # a branch or loop body reads in float
-        readers.append("float")
-    if producer is not None and producer.op_type in FLOAT_OUTPUT:
-        maker = "float"
+    made, read = ends(value)
+    maker, readers = made or "float", [reader or "float" for reader in read]
     quantized, dequantized = ("quantize", value), ("dequantize", value)
     network.add_edge(quantized, maker, capacity=_picoseconds(target.quantize_ns * elements + target.crossing_ns))
     network.add_edge(maker, dequantized, capacity=_picoseconds(target.dequantize_ns * elements + target.crossing_ns))
@@ -386,6 +380,19 @@ def _add_crossing(network: nx.DiGraph, value: ir.Value, target: Target, elements
             continue
         network.add_edge(reader, quantized)
         network.add_edge(dequantized, reader)
+
+
+def ends(value: ir.Value) -> tuple[ir.Node | None, list[ir.Node | None]]:
+    """(node that makes a tensor, those that read its values): it crosses where they stand on different sides.
+
+    None stands for one that is float whatever the plan: a graph input, the real numbers that a MatMul or Gemm writes; a
+    graph output, a reader in the body of a branch or loop.
+    """
+    maker = value.producer()
+    if maker is not None and maker.op_type in FLOAT_OUTPUT:
+        maker = None
+    readers = [node for node in graph.consumers(value) if node.op_type not in SHAPE_READERS]
+    return maker, [node if node.graph is value.graph else None for node in readers] + [None] * value.is_graph_output()
 
 
 def _picoseconds(nanoseconds: float) -> int:

@@ -29,7 +29,8 @@ def stems(name: str | None) -> Iterator[str]:
 
 def free_name(model: ir.Model, name: str) -> str:
     """`name`, or `name_1`, `name_2`... where the graph, or one inside it, has such a tensor, or one called as its scale."""
-    names = {value.name for value in tensors(model)}
+    # others neither are the name, with or without a number, nor have it as a stem
+    names = {value.name for value in tensors(model) if value.name is not None and value.name.startswith(name)}
     taken = names | {stem for each in names for stem in stems(each)}
     return next(each for each in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if each not in taken)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 WIDTH = 80
 LABEL = 10
 WORST = 5  # tensors that are named; all of them are in report.json
+NEARLY_ALL = 1e-4  # a smaller share of values outside is not named, unless clipping it costs noticeably
 
 
 def render(report: Report) -> str:
@@ -183,16 +184,18 @@ def _data(report: Report) -> str:
 
 
 def _coverage(report: Report) -> Iterable[str]:
-    """How many tensors held every held-out value in their range, and the worst of the others."""
+    """How many tensors held every held-out value in their range, how many nearly all, and the worst of the others."""
     outside, tensors = report.outside, len(report.coverage)
     if not tensors:
         return
+    named = [each for each in outside if each.outside >= NEARLY_ALL or each.uncovered]
     batches = f"{report.coverage_batches} held-out batch{'es' if report.coverage_batches != 1 else ''}"
-    yield f"{tensors - len(outside)} of {tensors} ranges hold every value of {batches}"
-    for each in outside[:WORST]:
+    nearly = f", {len(outside) - len(named)} nearly all" if len(outside) > len(named) else ""
+    yield f"{tensors - len(outside)} of {tensors} ranges hold every value of {batches}{nearly}"
+    for each in named[:WORST]:
         yield f"outside: {each.tensor}: {_share(each.outside)} of values, by up to {_share(each.beyond)} of the range"
-    if len(outside) > WORST:
-        yield f"outside: {len(outside) - WORST} more, less of each"
+    if len(named) > WORST:
+        yield f"outside: {len(named) - WORST} more, less of each"
 
 
 def _kernels(report: Report) -> str:

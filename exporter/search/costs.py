@@ -25,7 +25,7 @@ from exporter.batches import Batch
 from exporter.dynamic import PRODUCT
 from exporter.errors import RecipeError
 from exporter.graph import Shape
-from exporter.place import FLOAT_OUTPUT, SHAPE_READERS, Plan
+from exporter.place import Plan
 from exporter.quantize import DEQUANTIZE, QUANTIZE
 from exporter.target import Cost, Target
 from runtime import cpu
@@ -288,10 +288,9 @@ def _crossings(model: ir.Model, int8: set[str], costs: Costs, shapes: Mapping[st
     for value in values:
         if value.dtype != ir.DataType.FLOAT or value.is_initializer():
             continue
-        maker = value.producer()
-        codes = maker is not None and maker.name in int8 and maker.op_type not in FLOAT_OUTPUT
-        readers = [reader for reader in graph.consumers(value) if reader.op_type not in SHAPE_READERS]
-        read = [reader.name in int8 for reader in readers] + [False] * value.is_graph_output()
+        maker, readers = place.ends(value)
+        codes = maker is not None and maker.name in int8
+        read = [reader is not None and reader.name in int8 for reader in readers]
         elements = math.prod(shapes.get(value.name or "", ()))
         if not codes and any(read):
             yield (costs.quantize_ns * elements + costs.crossing_ns) / 1e6

@@ -100,13 +100,13 @@ def test_text_says_what_is_bad_as_loudly(exported: Exported) -> None:
 
 
 def test_worst_heldout_coverage_is_in_the_text_and_all_of_it_in_json_and_html(exported: Exported) -> None:
-    covered = [Coverage(tensor=f"t{n}", outside=0.3 / 10**n, values=9, beyond=0.5, error=3 - n) for n in range(8)]
+    covered = [Coverage(tensor=f"t{n}", outside=0.36 / 3**n, values=9, beyond=0.5, error=3 - n) for n in range(8)]
     fine = Coverage(tensor="fine", outside=0, values=0, beyond=0, error=1)
     report = replace(exported.report, coverage=(*covered, fine), coverage_batches=64)
     said = flat(report)
     assert "1 of 9 ranges hold every value of 64 held-out batches" in said
-    assert "outside: t0: 30 % of values, by up to 50 % of the range" in said
-    assert "t1: 3.0 %" in said and "t3: 0.030 %" in said and "t4: 0.003 %" in said
+    assert "outside: t0: 36 % of values, by up to 50 % of the range" in said
+    assert "t1: 12 %" in said and "t2: 4.0 %" in said and "t4: 0.444 %" in said and "nearly" not in said
     assert "t5" not in said and "outside: 3 more, less of each" in said
     assert [each["tensor"] for each in json.loads(report.to_json())["coverage"]] == [
         *(c.tensor for c in covered),
@@ -118,6 +118,23 @@ def test_worst_heldout_coverage_is_in_the_text_and_all_of_it_in_json_and_html(ex
     none = replace(report, coverage=(fine,))
     assert "1 of 1 ranges hold every value of 64 held-out batches" in flat(none) and "outside" not in flat(none)
     assert "No value of 64 held-out batches lies outside." in html.render(none, Plan(decisions=(), tensors=()))
+
+
+def test_text_names_no_tensor_that_holds_nearly_all_values_unless_the_others_cost(exported: Exported) -> None:
+    def covered(name: str, outside: float, values: int, error: float) -> Coverage:
+        return Coverage(tensor=name, outside=outside, values=values, beyond=0.5, error=error)
+
+    many, costly = covered("many", 1.0e-4, 9, 1.1), covered("costly", 2e-6, 9, 2.1)
+    few, chance = covered("few", 0.9e-4, 9, 1.9), covered("chance", 2e-6, 7, 50.0)
+    fine = covered("fine", 0, 0, 1)
+    report = replace(exported.report, coverage=(many, few, chance, costly, fine), coverage_batches=64)
+    said = flat(report)
+    assert "1 of 5 ranges hold every value of 64 held-out batches, 2 nearly all" in said
+    assert "outside: many: 0.010 % of values" in said and "outside: costly: under 0.001 % of values" in said
+    assert "outside: few" not in said and "outside: chance" not in said and "less of each" not in said
+    page = html.render(report, Plan(decisions=(), tensors=()))
+    assert all(f"<code>{name}</code>" in page for name in ("many", "few", "chance", "costly"))
+    assert len(json.loads(report.to_json())["coverage"]) == 5
 
 
 def test_html_needs_no_network_and_lists_every_node(exported: Exported) -> None:
