@@ -20,6 +20,7 @@ from exporter import (
     lint,
     place,
     prepare,
+    products,
     report,
     search,
     shrink,
@@ -135,8 +136,9 @@ def _export(
     shrunk = shrink.weights(better.int8, expected, few, left, floor_db=floor_db)
     plan = plan.noted(shrunk.notes)
 
-    lint.require_sound(shrunk.int8, cpu)
-    fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(shrunk.int8)
+    int8, cpu = products.ready(shrunk.int8, cpu)
+    lint.require_sound(int8, cpu)
+    fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(int8)
     watch = collect.watch(prepared.model, plan)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
     elsewhere = partial(cluster.total, there, fp32, shipped, cpu.session) if there is not None else None

@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from exporter import graph, place
+from exporter import graph, place, products
 from exporter.batches import Batch
 from exporter.dynamic import PRODUCT
 from exporter.errors import RecipeError
@@ -119,10 +119,12 @@ def measure(
     """
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         taken = []
-        graphs = {"float": model, "int8": int8} | ({} if dynamic is None else {"dynamic": dynamic})
-        for name, each in graphs.items():
-            entries = {} if name == "float" else target.session
-            path = Path(folder) / f"{name}.onnx"
+        (int8, there), path = products.ready(int8, target), Path(folder) / "model.onnx"
+        graphs = [(model, {}), (int8, there.session)]
+        if dynamic is not None:
+            laid_dynamic, there = products.ready(dynamic, target)
+            graphs.append((laid_dynamic, there.session))
+        for each, entries in graphs:
             path.write_bytes(graph.to_bytes(each))
             taken.append(trace(path, batch, entries=entries, runs=runs).kernels)
     in_float, in_int8 = map(_by_node, taken[:2])

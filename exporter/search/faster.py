@@ -15,7 +15,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, products
 from exporter.batches import Batch
 from exporter.progress import Progress
 from exporter.search import costs as prices
@@ -142,12 +142,14 @@ def ratio(
 ) -> float:
     """Time of the other model over that of the first: medians in turn for about so many of the CPU's seconds, on one thread.
 
+    Both run as they would ship (`products.ready`).
+
     entries: the other's session entries; None are the target's, with which the first runs.
     """
-    other_entries = target.session if entries is None else entries
+    (first, there), (second, elsewhere) = (products.ready(each, target) for each in (int8, other))
     sessions = [
         open_session(graph.to_bytes(each), threads=1, entries=given)
-        for each, given in ((int8, target.session), (other, other_entries))
+        for each, given in ((first, there.session), (second, elsewhere.session if entries is None else entries))
     ]
     feed = {value.name: batch[value.name] for value in sessions[0].get_inputs()}
     turns = [partial(session.run, None, feed) for session in sessions]

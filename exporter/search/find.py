@@ -4,7 +4,8 @@
                                                               what a last Softmax or Sigmoid reads in its place
     price(g) = ms(base with g float) - ms(base)               `costs.predict`; the cut places what stands around g anew
 
-0. Layers that make the model faster in float (`Costs.faster`) are float, unless that misses the budget.
+0. Layers that make the model faster in float (`Costs.faster`) are float, unless that misses the budget. So are the products of two
+   activations, where the accuracy that this buys is worth their time.
 1. Where the static plan does not reach the aim, that with every layer dynamic that may be is evaluated, and timed as a whole. The
    better of the two is the base; if it is the static one, though the other is more accurate, dynamic groups are tried too.
 2. Each group of neighbouring layers is turned float by itself; the int8 graph of that plan runs, and gives its gain.
@@ -94,13 +95,16 @@ def search(
     if quick != STATIC and allowed():
         scores.timed(scores.of(quick), first)
     enough = any(map(scores.reached, list(scores.points.values())))
+    apart = quick.with_floats(problem.plans.products)
+    if problem.plans.products and not enough and allowed() and scores.of(apart).snr_db > first.snr_db:
+        scores.timed(scores.of(apart), first)
     dynamic = STATIC.with_dynamic(problem.plans.dynamic)
     if dynamic != STATIC and not enough and allowed():
         scores.learn(dynamic, first)
         enough = scores.reached(_best(scores, first, scores.points.values()))
     base, moves = STATIC, list[_Move]()
     if not enough and allowed():
-        base, moves = _moves(scores, first, quick, dynamic)
+        base, moves = _moves(scores, first, (STATIC, quick, apart), dynamic)
         if moves:
             scores.of(moves[0].on(base))  # the first of many: it tells what the others will take
     price = _price(scores, base, moves, clock() - start)
@@ -242,14 +246,14 @@ def _further(scores: Scores, first: Point, chosen: Point, share: int, allowed: C
         yield len(scores.points) - start
 
 
-def _moves(scores: Scores, first: Point, quick: Choice, dynamic: Choice) -> tuple[Choice, list[_Move]]:
+def _moves(scores: Scores, first: Point, static: Sequence[Choice], dynamic: Choice) -> tuple[Choice, list[_Move]]:
     """The base, and what to try on it: groups in float, and dynamic ones where all of them help but are not worth their time."""
     plans = scores.problem.plans
-    static = choice_of(_best(scores, first, [scores.points[each] for each in (STATIC, quick) if each in scores.points]))
-    base = static.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
+    start = choice_of(_best(scores, first, [scores.points[each] for each in static if each in scores.points]))
+    base = start.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
     moves = [_Move(group=group) for group in plans.groups() if not group <= base.floats]
     found = scores.points.get(dynamic)
-    if base == static and found is not None and found.snr_db > first.snr_db + DYNAMIC_DB:
+    if base == start and found is not None and found.snr_db > first.snr_db + DYNAMIC_DB:
         moves += [_Move(group=group, dynamic=True) for group in plans.dynamic_groups()]
     return base, moves
 

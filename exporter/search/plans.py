@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporter import dynamic, gates, place, quantize
+from exporter import dynamic, gates, graph, place, quantize
 from exporter.graph import Shape
 from exporter.place import Plan
 from exporter.recipe import Rule
@@ -42,7 +42,7 @@ class Plans:
     """Plans by what they choose for the layers; each is decided once.
 
     layers: those that may turn float, in graph order: int8 in the static plan, and not because a rule says so.
-    dynamic: those of them that may be dynamic.
+    dynamic: those of them that may be dynamic. products: those of two activations.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Plans:
             node.name or "" for node in model.graph if node.name in self.layers and not place.not_dynamic(node, target)
         )
         weights = {node.name: node.inputs[1] for node in model.graph if node.name in self.layers}
+        self.products = frozenset(name for name, weight in weights.items() if name and graph.constant(weight) is None)
         self._sharing = {
             name: [
                 each
