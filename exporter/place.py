@@ -166,11 +166,12 @@ def not_dynamic(node: ir.Node, target: Target) -> str:
     if node.domain or node.op_type not in target.dynamic:
         menu = f"for {' and '.join(target.dynamic)} only" if target.dynamic else "not on its menu"
         return f"dynamic int8 is {menu} on {target.name}"
-    refused = _refusal(node, target)
-    weight = graph.constant(node.inputs[1]) if not refused else None
-    if refused or (weight is not None and weight.ndim == 2 and weight.dtype == np.float32):
+    if refused := _refusal(node, target):
         return refused
-    return "dynamic int8 multiplies by a constant matrix"
+    weight = graph.constant(node.inputs[1])
+    if weight is None:
+        return "a product of two activations: dynamic int8 multiplies by a constant matrix"
+    return "" if weight.ndim == 2 and weight.dtype == np.float32 else "dynamic int8 multiplies by a float32 matrix"
 
 
 def _precision(node: ir.Node, chosen: Collection[ir.Node], ruled: Mapping[ir.Node, Rule]) -> Precision:

@@ -285,8 +285,8 @@ def _read_real_values(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
 
     x -> QuantizeLinear -> DequantizeLinear -> {int8 node, float node}   becomes   float node reads x,
     when x is a graph input, or made by a float node, or by a MatMul or Gemm, whose integer kernels write float.
-    It is closer to FP32 and spares a DequantizeLinear. A Conv must not: its kernel writes codes alone. Shape and Size
-    then read the codes, which have the tensor's shape: a DequantizeLinear for them alone would be wasted.
+    It is closer to FP32 and spares a DequantizeLinear. A Conv must not: its kernel writes codes alone. Where a tensor is in
+    codes alone, Shape and Size read these, which have its shape: a DequantizeLinear for them alone would be wasted.
     """
     int8 = set(plan.int8)
     makers = {value.name: node for node in model.graph for value in node.outputs}
@@ -296,8 +296,14 @@ def _read_real_values(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
             continue
         real, rounded = writer.inputs[0], reader.outputs[0]
         maker = makers.get(_original(real, rounded))
-        if maker is not None and maker.name in int8:
-            for usage in [usage for usage in rounded.uses() if usage.node.op_type in SHAPE_READERS]:
+        shapes = [usage for usage in rounded.uses() if usage.node.op_type in SHAPE_READERS]
+        others = {usage.node.name for usage in rounded.uses() if usage not in shapes}
+        if (
+            maker is not None
+            and maker.name in int8
+            and (maker.op_type not in FLOAT_OUTPUT or (others and others <= int8))
+        ):
+            for usage in shapes:
                 usage.node.replace_input_with(usage.idx, writer.outputs[0])
         if maker is not None and maker.name in int8 and maker.op_type not in FLOAT_OUTPUT:
             continue

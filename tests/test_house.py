@@ -42,6 +42,7 @@ STAGES = (
     "gates",
     "place",
     "dynamic",
+    "products",
     "quantize",
     "correct",
     "search",

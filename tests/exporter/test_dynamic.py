@@ -43,7 +43,8 @@ NAMES = ("first", "second", "third", "fourth")
 
 
 def planned(model: ir.Model, batch: Mapping[str, Array], names: tuple[str, ...] = NAMES) -> Plan:
-    return place.decide(model, X86_VNNI, (), graph.shapes(model, batch), dynamic=names)
+    products = [node.name or "" for node in model.graph if all(graph.constant(each) is None for each in node.inputs)]
+    return place.decide(model, X86_VNNI, (), graph.shapes(model, batch), products, names)
 
 
 def ran(model: ir.Model, batch: Mapping[str, Array], folder: Path) -> Kernels:
@@ -133,7 +134,7 @@ def test_codes_are_those_of_the_static_graph() -> None:
     model, batches = stages.prepared("transformer").model, list(models.batches("transformer", 0, 2))
     static = stages.plan("transformer")
     ranges = observe(model, static.tensors, batches).ranges
-    names = tuple(d.node for d in static.decisions if d.macs and d.precision == "int8")
+    names = tuple(d.node for d in static.decisions if d.op_type == "Gemm" and d.precision == "int8")
     plan = planned(model, batches[0], names)
     before, after = (quantize.weights(quantize.to_int8(model, each, ranges)) for each in (static, plan))
     assert len(names) == 4
@@ -144,7 +145,7 @@ def test_codes_are_those_of_the_static_graph() -> None:
 
 def test_kernels_are_integer_and_are_the_plans_layers(tmp_path: Path) -> None:
     model, batch = stages.prepared("transformer").model, next(models.batches("transformer", 0, 1))
-    names = tuple(d.node for d in stages.plan("transformer").decisions if d.macs and d.precision == "int8")
+    names = tuple(d.node for d in stages.plan("transformer").decisions if d.op_type == "Gemm" and d.precision == "int8")
     plan = planned(model, batch, names)
     found = ran(quantize.to_int8(model, plan, Ranges(tensors={}, batches=1, method="none")), batch, tmp_path)
     layers = {ADDED.sub("", kernel.node): kernel for kernel in found.kernels if kernel.integer}

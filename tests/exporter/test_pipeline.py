@@ -347,6 +347,7 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
 
 def test_bundle_of_dynamic_layers_needs_no_range_and_runs_as_its_ort_file_does(tmp_path: Path) -> None:
     rules = '\n[[rules]]\nmatch = "*_gemm"\nprecision = "dynamic"\nwhy = "loud and quiet inputs"\n'
+    rules += '\n[[rules]]\nmatch = "MatMul"\nprecision = "float"\nwhy = "products of loud and quiet inputs"\n'
     recipe = parse(VNNI.toml + rules, "dynamic")
     report = exporter.export(
         models.source("transformer"),

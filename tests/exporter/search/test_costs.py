@@ -44,12 +44,13 @@ def test_dynamic_layers_were_timed_with_what_finds_their_ranges() -> None:
     batch = next(models.batches("transformer", 0, 1))
     sizes = graph.shapes(model, batch)
     int8 = quantize.to_int8(model, plan, observe(model, plan.tensors, [batch]).ranges)
-    names = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
+    names = [d.node for d in plan.decisions if d.op_type == "Gemm" and d.precision == "int8"]
     laid = model.clone()
     dynamic.lay(laid, model, names, {})
     found = costs.measure(model, plan, int8, batch, X86_VNNI, sizes, laid, runs=3)
     assert {name for name, each in found.nodes.items() if each.dynamic_ms > 0} == set(names)
-    other = place.decide(model, X86_VNNI, (), sizes, dynamic=names)
+    products = [d.node for d in plan.decisions if d.op_type == "MatMul"]
+    other = place.decide(model, X86_VNNI, (), sizes, products, names)
     floats = sum(each.float_ms for name, each in found.nodes.items() if name not in names)
     assert costs.predict(model, other, found, sizes) == pytest.approx(
         floats + sum(found.nodes[name].dynamic_ms for name in names)
@@ -59,10 +60,11 @@ def test_dynamic_layers_were_timed_with_what_finds_their_ranges() -> None:
 def test_dynamic_layer_that_was_not_timed_takes_what_the_static_one_takes() -> None:
     model, plan = stages.prepared("transformer").model, stages.plan("transformer")
     sizes = graph.shapes(model, next(models.batches("transformer", 0, 1)))
-    names = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
+    names = [d.node for d in plan.decisions if d.op_type == "Gemm" and d.precision == "int8"]
     known = costs.from_table(model, plan, X86_VNNI, sizes)
     unknown = replace(known, nodes={name: replace(each, dynamic_ms=0.0) for name, each in known.nodes.items()})
-    other = place.decide(model, X86_VNNI, (), sizes, dynamic=names)
+    products = [d.node for d in plan.decisions if d.op_type == "MatMul"]
+    other = place.decide(model, X86_VNNI, (), sizes, products, names)
     floats = sum(each.float_ms for name, each in known.nodes.items() if name not in names)
     static = sum(known.nodes[name].int8_ms for name in names)
     assert costs.predict(model, other, unknown, sizes) == pytest.approx(floats + static)
