@@ -92,11 +92,34 @@ def test_other_targets_have_no_signed_factor(name: str) -> None:
         """(float[24,32] x) => (float[24,24] y) {
             [a] a = Add(x, x) [t] t = Transpose<perm=[1,0]>(a) [r] r = Gemm(x, wq, b) [n] y = MatMul(r, t)
         }""",  # QLinearAdd writes uint8 alone
-        "(float[24,32] x) => (float[24,32] y) { [r] y = Gemm(x, wq, b) }",
+        """(float[24,32] x) => (float[24,24] y) {
+            [r] r = Gemm(x, wq, b) [s] q, k = Split<axis=1, num_outputs=2>(r) [t] t = Transpose<perm=[1,0]>(k) [n] y = MatMul(q, t)
+        }""",
+        """(float[24,32] x) => (float[24,24] y) {
+            [r] r = Gemm(x, wq, b) [q] q = Gemm<transA=1>(x, x24) [n] y = MatMul(r, q)
+        }""".replace("[q] q = Gemm<transA=1>(x, x24)", "[q] q = Gemm(xt, w24)").replace(
+            "{", "{ [xt] xt = Transpose<perm=[1,0]>(x)"
+        ),  # nothing moves between the layer and the product
     ],
 )
-def test_codes_that_others_read_or_that_a_kernel_writes_as_uint8_stay(text: str) -> None:
-    _, int8 = quantized(text)
+def test_codes_that_others_read_or_a_kernel_writes_as_uint8_become_signed_behind_it(text: str, tmp_path: Path) -> None:
+    weights = {**WEIGHTS, "w24": graphs.noise(5, 24, 24) / 6}
+    _, int8 = quantized(text, weights)
+    ready, there = products.ready(int8, X86_VNNI)
+    kernel, types = kernels(ready, dict(there.session), tmp_path)["n"]
+    assert (kernel, types) in {("MatMulIntegerToFloat", "u8s8"), ("QLinearMatMul", "u8s8")}
+    theirs, ours = (graph.runner(each)(BATCHES[0])["y"] for each in (int8, ready))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    others = {
+        name: types for name, (_, types) in kernels(int8, dict(X86_VNNI.session), tmp_path).items() if name != "n"
+    }
+    assert {
+        name: types for name, (_, types) in kernels(ready, dict(there.session), tmp_path).items() if name != "n"
+    } == others
+
+
+def test_graph_without_products_stays() -> None:
+    _, int8 = quantized("(float[24,32] x) => (float[24,32] y) { [r] y = Gemm(x, wq, b) }")
     assert products.ready(int8, X86_VNNI) == (int8, X86_VNNI)
 
 

@@ -472,3 +472,34 @@ def test_plan_with_the_layers_that_are_faster_in_float_counts_with_its_own_time(
     assert found.chosen.float_layers == ("one", "four")
     assert found.chosen.timed
     assert found.chosen.ms == pytest.approx(3.6)
+
+
+ATTENTION = """(float[1,12,16] x) => (float[1,12,16] y) {
+    [query] q = MatMul(x, w1)
+    [key] k = MatMul(x, w3)
+    [turned] t = Transpose<perm=[0,2,1]>(k)
+    [scores] s = MatMul(q, t)
+    [softmax] p = Softmax<axis=-1>(s)
+    [mixed] y = MatMul(p, x)
+}"""
+
+
+@pytest.mark.parametrize(("float_ms", "kept"), [(1.001, False), (2.0, True)])
+def test_products_of_two_activations_are_float_where_the_accuracy_is_worth_their_time(
+    float_ms: float, kept: bool
+) -> None:
+    model = graphs.model(ATTENTION, WEIGHTS)
+    batches = [{"x": graphs.noise(seed, 1, 12, 16)} for seed in range(8)]
+    shapes = graph.shapes(model, batches[0])
+    plan = place.decide(model, WITHOUT_DYNAMIC, (Rule(match="MatMul", precision="int8", why="test"),), shapes)
+    int8 = quantize.to_int8(model, plan, distinguish(model, observe(model, plan.tensors, batches).ranges))
+    table = costs.from_table(model, plan, WITHOUT_DYNAMIC, shapes)
+    products = {"scores", "mixed"}
+    nodes = {name: costs.NodeCost(float_ms=float_ms if name in products else 9.0, int8_ms=1.0) for name in table.nodes}
+    found = replace(table, nodes=nodes, quantize_ns=0.0, dequantize_ns=0.0, crossing_ns=0.0)
+    plans = Plans(model, plan, int8, lambda _: model, WITHOUT_DYNAMIC, (), shapes)
+    assert plans.products == products
+    chosen = search(Problem(plans=plans, batches=batches, costs=found), replace(NO_LIMIT, aim_snr_db=60.0), Silent())
+    assert any(set(point.float_layers) == products for point in chosen.points)
+    assert (chosen.chosen == chosen.first) is kept
+    assert kept or set(chosen.chosen.float_layers) & products
