@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter import graph
 from exporter.place import FLOAT_OUTPUT
@@ -43,6 +44,7 @@ def ready(int8: ir.Model, target: Target) -> tuple[ir.Model, Target]:
     changed = int8.clone()
     for node in list(_products(changed)):
         _sign(changed, _chain(node))
+    RemoveUnusedNodesPass()(changed)
     return changed, replace(target, session=without({**target.session, **KEPT_SIGNED}, MOVES_CODES))
 
 

@@ -54,14 +54,15 @@ def fact(of: Target, what: str) -> Fact:
 def test_every_fact_has_a_value_and_a_reason() -> None:
     for found in TARGETS.values():
         facts = target.facts(found)
-        assert [each.what for each in facts[:6]] == ["types", "weights", "layers", "dynamic", "by cost", "float"]
+        first = ["types", "weights", "layers", "dynamic", "products", "by cost", "float"]
+        assert [each.what for each in facts[:7]] == first
         assert len({each.what for each in facts}) == len(facts)
         assert all(each.value and len(each.why) > 20 for each in facts)
 
 
 def test_every_optimizer_that_is_off_at_load_is_a_fact_with_its_reason() -> None:
     for found in TARGETS.values():
-        off = {each.what.removeprefix("off at load: "): each for each in target.facts(found)[6:]}
+        off = {each.what.removeprefix("off at load: "): each for each in target.facts(found)[7:]}
         assert off.keys() == set(found.session[LISTED].split(";")) == UNWANTED.keys()
         assert {name: (each.value, each.why) for name, each in off.items()} == {
             name: (LISTED, why) for name, why in UNWANTED.items()
