@@ -43,7 +43,7 @@ from exporter.search.score import DYNAMIC_DB, Goal, Point, Problem, Scores, choi
 COLLAPSED_DB = 12.0
 NAMED = 3  # groups that are told
 MOST_TIMED = 4  # plans that are timed as a whole
-USUALLY_TIMED = 2  # of them, for what is announced
+USUALLY_TIMED = 4  # of them, for what is announced
 EARLY_STEPS = 8  # of the layers in float from the first one on
 FURTHER = 4  # around the plan that seems best, one evaluation for so many before it
 DB_PER_PERCENT = 0.5  # of the outputs' SNR, that a percent of time must buy

@@ -231,7 +231,7 @@ def test_price_has_the_whole_models_that_are_timed_and_the_cap_on_minutes() -> N
     now = [0.0]
     given = replace(slow(problem(), now, 10.0), ratio=lambda layers, dynamic, _: 1.5, ratio_seconds=100.0)
     found = search(given, goal, Silent(), clock=lambda: now[0])
-    assert found.announced_seconds == 10.0 * found.announced + 200.0
+    assert found.announced_seconds == 10.0 * found.announced + 400.0
     now = [0.0]
     capped = search(slow(problem(), now, 10.0), replace(goal, max_minutes=1.0), Silent(), clock=lambda: now[0])
     assert capped.announced_seconds == 60.0
