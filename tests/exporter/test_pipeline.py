@@ -345,6 +345,22 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
     assert [(line.what, line.limit) for line in verdict.lines if not line.met] == [("snr_db y", 90.0)]
 
 
+def test_products_of_two_activations_are_on_signed_codes_and_the_ort_file_runs_them_so(tmp_path: Path) -> None:
+    report = exporter.export(
+        models.source("transformer"),
+        VNNI,
+        calibration=models.batches("transformer", 1, 4),
+        heldout=models.batches("transformer", 2, 2),
+        out=tmp_path / "b",
+        ort=True,
+        max_evaluations=1,
+    )
+    assert report.integer_macs == report.ort_integer_macs == 1.0
+    assert {count.types for count in report.kernels if count.integer} == {"u8s8"}
+    assert runtime.load(tmp_path / "b").manifest.session["session.qdqisint8allowed"] == "1"
+    assert runtime.check(runtime.load(tmp_path / "b")).met
+
+
 def test_bundle_of_dynamic_layers_needs_no_range_and_runs_as_its_ort_file_does(tmp_path: Path) -> None:
     rules = '\n[[rules]]\nmatch = "*_gemm"\nprecision = "dynamic"\nwhy = "loud and quiet inputs"\n'
     rules += '\n[[rules]]\nmatch = "MatMul"\nprecision = "float"\nwhy = "products of loud and quiet inputs"\n'
