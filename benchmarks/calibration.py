@@ -136,6 +136,7 @@ def _plain(row: str, name: str, count: int, folder: Path) -> Callable[[], None]:
 def _ours(row: str, name: str, count: int, folder: Path) -> Callable[[], None]:
     import onnx
     import onnx_ir as ir
+    import torch  # noqa: F401  an export has it loaded; counting would load it here, and imports are in no row
 
     from exporter import quantize
     from exporter.calibrate import distinguish, methods, observe
