@@ -18,6 +18,8 @@ Shape = tuple[int, ...]
 # ONNX Runtime would round the weight of a float layer between Q/DQ at load, with one scale for all its channels
 AS_WRITTEN = session.without(session.NO_ENTRIES, "WeightBiasQuantization")
 SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
+# Nodes whose output holds the values of their input, all of them and no others
+MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 
 
 class RunError(PacklightError):
@@ -89,6 +91,11 @@ def constant(value: ir.Value | None) -> Array | None:
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
+
+
+def is_product(node: ir.Node | None) -> bool:
+    """Whether a node is a MatMul of two activations, as in attention."""
+    return node is not None and node.op_type == "MatMul" and all(constant(each) is None for each in node.inputs)
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -23,12 +23,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporter import graph
 from exporter.place import FLOAT_OUTPUT
 from exporter.prepare import edit
+from exporter.quantize import DEQUANTIZE, QUANTIZE
 from exporter.target import Target
 from runtime.session import without
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 CODED = (QUANTIZE, DEQUANTIZE)
-MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 HALF = 128  # between a uint8 code and the int8 code that stands for the same
 KEPT_SIGNED = {"session.qdqisint8allowed": "1"}
 MOVES_CODES = "QDQPropagationTransformer"
@@ -42,15 +41,15 @@ def ready(int8: ir.Model, target: Target) -> tuple[ir.Model, Target]:
     if not target.activations_matmul or not any(map(_chain, _products(int8))):
         return int8, target
     changed = int8.clone()
-    for node in list(_products(changed)):
-        _sign(changed, _chain(node))
+    for chain in filter(None, map(_chain, list(_products(changed)))):
+        _sign(changed, chain)
     RemoveUnusedNodesPass()(changed)
     return changed, replace(target, session=without({**target.session, **KEPT_SIGNED}, MOVES_CODES))
 
 
 def _products(model: ir.Model) -> Iterator[ir.Node]:
     for node in model.graph:
-        if node.op_type == "MatMul" and all(graph.constant(each) is None for each in node.inputs):
+        if graph.is_product(node):
             maker = node.inputs[1].producer() if node.inputs[1] is not None else None
             if maker is not None and maker.op_type == DEQUANTIZE and graph.constant(maker.inputs[0]) is None:
                 yield node
@@ -65,7 +64,7 @@ def _chain(product: ir.Node) -> list[ir.Node]:
     value = product.inputs[1]
     while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
         node = value.producer()
-        if node is None or node.op_type not in (*CODED, *MOVES):
+        if node is None or node.op_type not in (*CODED, *graph.MOVES):
             break
         nodes.append(node)
         value = node.inputs[0]
@@ -85,8 +84,6 @@ def _reads_codes(node: ir.Node | None) -> bool:
 
 def _sign(model: ir.Model, chain: list[ir.Node]) -> None:
     """Make the codes between these nodes signed, from the first real numbers on that no uint8 kernel writes."""
-    if not chain:
-        return
     real = chain[-1].inputs[0]
     assert real is not None
     maker = real.producer()

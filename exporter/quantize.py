@@ -298,14 +298,12 @@ def _read_real_values(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
         maker = makers.get(_original(real, rounded))
         shapes = [usage for usage in rounded.uses() if usage.node.op_type in SHAPE_READERS]
         others = {usage.node.name for usage in rounded.uses() if usage not in shapes}
-        if (
-            maker is not None
-            and maker.name in int8
-            and (maker.op_type not in FLOAT_OUTPUT or (others and others <= int8))
-        ):
+        in_int8 = maker is not None and maker.name in int8
+        codes_alone = maker is not None and in_int8 and maker.op_type not in FLOAT_OUTPUT
+        if codes_alone or (in_int8 and others and others <= int8):
             for usage in shapes:
                 usage.node.replace_input_with(usage.idx, writer.outputs[0])
-        if maker is not None and maker.name in int8 and maker.op_type not in FLOAT_OUTPUT:
+        if codes_alone:
             continue
         for usage in list(rounded.uses()):
             if usage.node.op_type not in OWN and usage.node.name not in int8:

@@ -130,9 +130,8 @@ class Bundle:
         _agree(model, "input", self._session.get_inputs(), manifest.inputs)
         _agree(model, "output", self._session.get_outputs(), manifest.outputs)
         self._inputs = [(tensor.name, np.dtype(tensor.dtype), tensor) for tensor in manifest.inputs]
-        self._fitting: list[
-            tuple[int, ...]
-        ] = []  # shapes of the last inputs that fitted: the next ones mostly have the same
+        # shapes of the last inputs that fitted: the next ones mostly have the same
+        self._fitting: list[tuple[int, ...]] = []
         self._outputs = [tensor.name for tensor in manifest.outputs]
 
     @property

@@ -38,7 +38,6 @@ CHUNK = 8  # batches; their inputs are held at once
 WORKERS = 4  # batches under way at once at most: each holds its tensors
 # An attention mask adds -3.4e38 (float32's lowest) or half of it; no activation of a working network is near
 SATURATING = 1e30
-MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 
 Key = tuple[str, int]
 ObserveChunk = Callable[[Sequence[Batch], int], Statistics]
@@ -177,7 +176,7 @@ def representatives(model: ir.Model, tensors: Sequence[str]) -> dict[str, str]:
 def _moved(value: ir.Value) -> ir.Value | None:
     """What a node that only moves values reads to make this one."""
     node = value.producer()
-    if node is None or node.domain or node.op_type not in MOVES:
+    if node is None or node.domain or node.op_type not in graph.MOVES:
         return None
     source = node.inputs[0]
     return source if source is not None and source.dtype == ir.DataType.FLOAT else None

@@ -16,7 +16,6 @@ import onnx_ir as ir
 from exporter import graph
 from exporter.prepare import edit
 
-MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 CONSTANTS = {"Gemm": (1, 2), "MatMul": (1,)}  # inputs of a linear layer that take the factor
 
 
@@ -27,7 +26,7 @@ def rewrite(model: ir.Model) -> int:
 def _fold(model: ir.Model, node: ir.Node) -> bool:
     x, factor = _scaled(node)
     layer = _layer(x) if x is not None else None
-    if x is None or layer is None or not (_is_product(x.producer()) or _feeds_product(node.outputs[0])):
+    if x is None or layer is None or not (graph.is_product(x.producer()) or _feeds_product(node.outputs[0])):
         return False
     for index in CONSTANTS[layer.op_type]:
         if index < len(layer.inputs) and layer.inputs[index] is not None:
@@ -58,12 +57,12 @@ def _layer(value: ir.Value) -> ir.Node | None:
     """The linear layer with constant weight and bias that alone makes what is scaled."""
     node, inside = value.producer(), False
     while node is not None and not node.domain:
-        if node.op_type in CONSTANTS and not _is_product(node):
+        if node.op_type in CONSTANTS and not graph.is_product(node):
             known = all(graph.constant(each) is not None for each in node.inputs[1:] if each is not None)
             return node if known else None
-        if node.op_type not in MOVES and (inside or not _is_product(node)):
+        if node.op_type not in graph.MOVES and (inside or not graph.is_product(node)):
             return None
-        inside = inside or _is_product(node)
+        inside = inside or graph.is_product(node)
         before = node.inputs[0]
         if before is None or len(before.uses()) != 1 or before.is_graph_output():
             return None
@@ -71,16 +70,11 @@ def _layer(value: ir.Value) -> ir.Node | None:
     return None
 
 
-def _is_product(node: ir.Node | None) -> bool:
-    """Whether a node multiplies two activations."""
-    return node is not None and node.op_type == "MatMul" and all(graph.constant(each) is None for each in node.inputs)
-
-
 def _feeds_product(value: ir.Value) -> bool:
     """Whether all that reads a value, behind nodes that only move it, multiplies it with another activation."""
     readers = graph.consumers(value)
     return bool(readers) and all(
-        _is_product(each)
-        or (each.op_type in MOVES and not each.outputs[0].is_graph_output() and _feeds_product(each.outputs[0]))
+        graph.is_product(each)
+        or (each.op_type in graph.MOVES and not each.outputs[0].is_graph_output() and _feeds_product(each.outputs[0]))
         for each in readers
     )

@@ -320,13 +320,14 @@ def _early(scores: Scores, base: Choice, fastest: Point, allowed: Callable[[], b
         plans.append(plans[-1].with_floats(unit))
     step = math.ceil(len(units) / EARLY_STEPS)
     sizes = [size for size in range(step, len(plans), step) if plans[size] != base]
-    reached = False
     tried = [scores.of(base)]
     for size in sizes:
-        if allowed() and not reached:
-            tried.append(scores.of(plans[size]))
-            reached = scores.reached(tried[-1]) or scores.too_slow(tried[-1], fastest)
-            yield
+        if not allowed():
+            break
+        tried.append(scores.of(plans[size]))
+        yield
+        if scores.reached(tried[-1]) or scores.too_slow(tried[-1], fastest):
+            break
     best = choice_of(_best(scores, fastest, tried))
     if best != base:
         for size in (plans.index(best) - step // 2, plans.index(best) + step // 2):
@@ -372,15 +373,17 @@ def _timed(scores: Scores, first: Point, in_time: Callable[[], bool], tell: Prog
 
 
 def _fastest(scores: Scores, first: Point, points: Iterable[Point]) -> Point:
-    """A plan that has a layer in integers, as one must."""
-    some = (point for point in points if len(point.float_layers) < len(scores.problem.plans.layers))
-    return min((*some, first), key=lambda point: (point.ms, -point.snr_db))
+    return min((*_some_int8(scores, points), first), key=lambda point: (point.ms, -point.snr_db))
+
+
+def _some_int8(scores: Scores, points: Iterable[Point]) -> list[Point]:
+    """Those that have a layer in integers, as a plan must."""
+    return [point for point in points if len(point.float_layers) < len(scores.problem.plans.layers)]
 
 
 def _best(scores: Scores, first: Point, points: Iterable[Point]) -> Point:
     goal = scores.goal
-    every = sorted(points, key=lambda point: (point.ms, -point.snr_db))
-    every = [point for point in every if len(point.float_layers) < len(scores.problem.plans.layers)] or [first]
+    every = sorted(_some_int8(scores, points), key=lambda point: (point.ms, -point.snr_db)) or [first]
     fastest = _fastest(scores, first, every)
 
     def worth(point: Point) -> float:

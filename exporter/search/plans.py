@@ -75,7 +75,9 @@ class Plans:
             node.name or "" for node in model.graph if node.name in self.layers and not place.not_dynamic(node, target)
         )
         weights = {node.name: node.inputs[1] for node in model.graph if node.name in self.layers}
-        self.products = frozenset(name for name, weight in weights.items() if name and graph.constant(weight) is None)
+        self.products = frozenset(
+            node.name or "" for node in model.graph if node.name in self.layers and graph.is_product(node)
+        )
         self._sharing = {
             name: [
                 each

@@ -16,7 +16,8 @@ import exporter
 import runtime
 from exporter import trace
 from exporter.errors import CalibrationError, RecipeError
-from exporter.recipe import limited, parse
+from exporter.recipe import Recipe, limited, parse
+from exporter.report import Report
 from runtime import BundleError
 from runtime import manifest as manifests
 from runtime.explain import explain
@@ -345,16 +346,21 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
     assert [(line.what, line.limit) for line in verdict.lines if not line.met] == [("snr_db y", 90.0)]
 
 
-def test_products_of_two_activations_are_on_signed_codes_and_the_ort_file_runs_them_so(tmp_path: Path) -> None:
-    report = exporter.export(
+def transformer(recipe: Recipe, out: Path, max_evaluations: int | None = None) -> Report:
+    """Exported with the phone's file beside it."""
+    return exporter.export(
         models.source("transformer"),
-        VNNI,
+        recipe,
         calibration=models.batches("transformer", 1, 4),
         heldout=models.batches("transformer", 2, 2),
-        out=tmp_path / "b",
+        out=out,
         ort=True,
-        max_evaluations=1,
+        max_evaluations=max_evaluations,
     )
+
+
+def test_products_of_two_activations_are_on_signed_codes_and_the_ort_file_runs_them_so(tmp_path: Path) -> None:
+    report = transformer(VNNI, tmp_path / "b", max_evaluations=1)
     assert report.integer_macs == report.ort_integer_macs == 1.0
     assert {count.types for count in report.kernels if count.integer} == {"u8s8"}
     assert runtime.load(tmp_path / "b").manifest.session["session.qdqisint8allowed"] == "1"
@@ -365,14 +371,7 @@ def test_bundle_of_dynamic_layers_needs_no_range_and_runs_as_its_ort_file_does(t
     rules = '\n[[rules]]\nmatch = "*_gemm"\nprecision = "dynamic"\nwhy = "loud and quiet inputs"\n'
     rules += '\n[[rules]]\nmatch = "MatMul"\nprecision = "float"\nwhy = "products of loud and quiet inputs"\n'
     recipe = parse(VNNI.toml + rules, "dynamic")
-    report = exporter.export(
-        models.source("transformer"),
-        recipe,
-        calibration=models.batches("transformer", 1, 4),
-        heldout=models.batches("transformer", 2, 2),
-        out=tmp_path / "b",
-        ort=True,
-    )
+    report = transformer(recipe, tmp_path / "b")
     plan = (tmp_path / "b" / "plan.txt").read_text().splitlines()[1:]
     assert (report.int8_nodes, report.dynamic_nodes) == (0, 4)
     assert report.dynamic_nodes == sum("| dynamic | rule '*_gemm': loud and quiet inputs" in line for line in plan)
