@@ -79,9 +79,10 @@ def collect(
     return Collected(ranges=ranges, notes=_notes(model, chosen), statistics=found)
 
 
-def watch(model: ir.Model, plan: Plan) -> Watch:
-    """What looks at held-out batches as they pass, at the tensors that have ranges; it chooses nothing."""
-    return Watch(calibrate.observer(model, plan.tensors, (), histograms=True))
+def watch(model: ir.Model, plan: Plan, collected: Collected) -> Watch:
+    """What looks at held-out batches as they pass, at the tensors whose ranges were observed; it chooses nothing."""
+    tensors = [name for name in plan.tensors if name in collected.ranges.tensors]
+    return Watch(calibrate.observer(model, tensors, (), histograms=True))
 
 
 def judge(model: ir.Model, collected: Collected, seen: Watch) -> Enough:

@@ -122,10 +122,14 @@ def _export(
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
 
     few = search.compared(split.kept, plan)
+    open_gates = partial(
+        correct.open_gates, prepared.model, ranges=found.ranges, means=found.means, target=cpu, shapes=shapes, batches=split.kept,
+    )  # fmt: skip
     better = search.improve(
         prepared.model, prepared.reference, plan, corrected.ranges, corrected.means, corrected, cpu, recipe, shapes, few, accepts,
-        caps, tell,
+        caps, tell, open_gates,
     )  # fmt: skip
+    corrected = better.corrected
     integer = {*better.plan.int8, *better.plan.dynamic}
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
     plan = better.plan.noted(found.notes).noted(paired)
@@ -139,7 +143,7 @@ def _export(
     int8, cpu = products.ready(shrunk.int8, cpu)
     lint.require_sound(int8, cpu)
     fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(int8)
-    watch = collect.watch(prepared.model, plan)
+    watch = collect.watch(prepared.model, plan, found)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
     elsewhere = partial(cluster.total, there, fp32, shipped, cpu.session) if there is not None else None
     recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere)

@@ -56,8 +56,8 @@ class Search(_Table):
     nothing but a budget that is not met.
     """
 
-    aim_snr_db: float = 30.0
-    max_slower: float = Field(default=0.1, ge=0, le=10)
+    aim_snr_db: float = 35.0
+    max_slower: float = Field(default=0.15, ge=0, le=10)
 
 
 class Budget(_Table):

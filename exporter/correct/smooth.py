@@ -78,8 +78,8 @@ def find(
     names = [name for name in _rounded(model, plan) if name in slots.of]
     if not names:
         return None
-    first, rest = (_ends(model, slots, names, part) for part in (seen, unseen))
-    scales = _scales(slots, _largest(slots, first, ranges), _weights(model, plan, slots))
+    first, rest = (_ends(model, slots, names, part, ranges) for part in (seen, unseen))
+    scales = _scales(slots, _largest(slots, first), _weights(model, plan, slots))
     return Moved(slots=slots, scales=scales), _moved(ranges, slots, scales, _both(first, rest))
 
 
@@ -121,7 +121,8 @@ def _rounded(model: ir.Model, plan: Plan) -> list[str]:
     return [name for name in dict.fromkeys(found) if name]
 
 
-def _ends(model: ir.Model, slots: Slots, names: Sequence[str], batches: Sequence[Batch]) -> Ends:
+def _ends(model: ir.Model, slots: Slots, names: Sequence[str], batches: Sequence[Batch], ranges: Ranges) -> Ends:
+    """Within the ranges: what these cut off, as a Relu or a gate behind the tensor does, no scale need reach."""
     low = {name: np.full(slots.of[name].shape, np.inf) for name in names}
     high = {name: -low[name] for name in names}
     run = graph.runner(graph.with_outputs(model, names))
@@ -131,7 +132,11 @@ def _ends(model: ir.Model, slots: Slots, names: Sequence[str], batches: Sequence
                 axes = tuple(axis for axis, size in enumerate(slots.of[name].shape) if size == 1)
                 low[name] = np.minimum(low[name], value.min(axis=axes, keepdims=True))
                 high[name] = np.maximum(high[name], value.max(axis=axes, keepdims=True))
-    return Ends(low=low, high=high)
+    covered = ranges.tensors
+    return Ends(
+        low={name: np.maximum(ends, covered[name].low) for name, ends in low.items()},
+        high={name: np.minimum(ends, covered[name].high) for name, ends in high.items()},
+    )
 
 
 def _both(a: Ends, b: Ends) -> Ends:
@@ -141,12 +146,11 @@ def _both(a: Ends, b: Ends) -> Ends:
     )
 
 
-def _largest(slots: Slots, ends: Ends, ranges: Ranges) -> Array:
-    """max|x_j| of every slot over all tensors that hold it; 0 where none is rounded. What a Relu behind it cuts off is left out."""
+def _largest(slots: Slots, ends: Ends) -> Array:
+    """max|x_j| of every slot over all tensors that hold it; 0 where none is rounded."""
     found = np.zeros(slots.count)
     for name, low in ends.low.items():
-        covered = ranges.tensors[name]
-        np.maximum.at(found, slots.of[name], np.maximum(-low * (covered.low < 0), ends.high[name] * (covered.high > 0)))
+        np.maximum.at(found, slots.of[name], np.maximum(-low, ends.high[name]))
     return found
 
 
@@ -163,7 +167,7 @@ def _weights(model: ir.Model, plan: Plan, slots: Slots) -> Array:
 
 
 def _moved(ranges: Ranges, slots: Slots, scales: Array, ends: Ends) -> Ranges:
-    """Each end as far beyond or within the smallest (largest) value as the method put it before."""
+    """Each end as far beyond the smallest (largest) value within it as the method put it before."""
     tensors = dict(ranges.tensors)
     for name, low in ends.low.items():
         by, high = scales[slots.of[name]], ends.high[name]

@@ -49,7 +49,7 @@ def scatter(points: Sequence[Point], frontier: Sequence[Point], chosen: Point, w
             x=ms(point.ms),
             y=db(point.snr_db),
             chosen=point == chosen,
-            text=f"{len(point.float_layers)} layers float, {len(point.dynamic_layers)} dynamic: "
+            text=f"{len(point.float_layers)} layers float, {len(point.dynamic_layers)} dynamic, {len(point.opened)} gates open: "
             f"{point.snr_db:.2f} dB, {point.ms:.3f} ms",
         )
         for point in sorted(seen, key=lambda point: point == chosen)

@@ -70,7 +70,7 @@ def search(report: Report) -> str:
     found = report.search
     first, chosen = found.first, found.chosen
     said = f"{_effort(report)} on calibration data, costs {found.costs}"
-    if chosen.float_layers or chosen.dynamic_layers:
+    if chosen.float_layers or chosen.dynamic_layers or chosen.opened:
         time = f"{100 * (chosen.ms / first.ms - 1):+.1f} % {'time' if chosen.timed else 'predicted time'}"
         done = f"{turned(chosen)}: {first.snr_db:.1f} -> {chosen.snr_db:.1f} dB, {time}"
     else:
@@ -104,11 +104,14 @@ def _beside_fp32(report: Report) -> str:
 
 
 def turned(point: Point) -> str:
-    """ "2 layers float, 24 dynamic": what a plan has otherwise than the static one."""
-    counts = (("float", len(point.float_layers)), ("dynamic", len(point.dynamic_layers)))
-    first, *others = [(name, count) for name, count in counts if count] or [("float", 0)]
-    layers = f"{first[1]} layer{'s' if first[1] != 1 else ''} {first[0]}"
-    return ", ".join((layers, *(f"{count} {name}" for name, count in others)))
+    """ "2 layers float, 24 dynamic, 20 gates open": what a plan has otherwise than the static one."""
+    said: list[str] = []
+    for name, count in (("float", len(point.float_layers)), ("dynamic", len(point.dynamic_layers))):
+        if count:
+            said.append(f"{count} {name}" if said else f"{count} layer{'s' if count != 1 else ''} {name}")
+    if gates := len(point.opened):
+        said.append(f"{gates} gate{'s' if gates != 1 else ''} open")
+    return ", ".join(said)
 
 
 def _decided(report: Report) -> str:

@@ -85,9 +85,9 @@ class Costs:
         return canonical({"format": FORMAT, **{name: getattr(self, name) for name in self.__slots__}})
 
 
-def name_of(float_layers: Sequence[str], dynamic_layers: Sequence[str] = ()) -> str:
-    """A short name of a plan that differs from the static one by these layers."""
-    said = "\n".join((*float_layers, *(f"dynamic {name}" for name in dynamic_layers)))
+def name_of(float_layers: Sequence[str], dynamic_layers: Sequence[str] = (), opened: bool = False) -> str:
+    """A short name of a plan that differs from the static one by these layers, and by whether its gates are open."""
+    said = "\n".join((*float_layers, *(f"dynamic {name}" for name in dynamic_layers), *["gates open"][:opened]))
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 

@@ -13,10 +13,11 @@
 4. Plans are scored jointly, for gains of single groups do not add up: the first 1, 2, 4, ... groups of the rank, then by
    halves between the last plan that does not reach the aim and the first that does. The same for the first layers of the graph:
    what they round goes through all the others, and float neighbours need no crossing between them.
-5. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
+5. The base is tried with its gates open (`correct.open_gates`), and so is the best plan in the end: scales per channel of what
+   HardSwish and SiLU make. All corrections are found anew for such a plan, so there are two at most.
+6. Where the plan has collapsed (SNR below COLLAPSED_DB) the noise of everything else hides what one group does. Then a
    group's gain is the noise of the plan in which it alone is as in the base, and all else float.
-
-6. What kernels take by themselves leaves out what a change of layout costs their neighbours. So the plan that seems best is
+7. What kernels take by themselves leaves out what a change of layout costs their neighbours. So the plan that seems best is
    timed as a whole beside the static one, where the target is this machine, and counts with that time; then the next.
 
 The number of evaluations is known beforehand but for the halving, and what they take by the first of them: both are told.
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from exporter.correct import Opened
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.search import costs
@@ -54,12 +56,14 @@ class Found:
     """The chosen plan, and every plan that was looked at on the way.
 
     first: the static plan. accepted: whether the chosen one meets the budget; reached: and the aim.
-    capped: whether a cap ended the search. worst: the groups of layers in which most of the static plan's noise arises.
+    opened: the chosen plan's int8 graph and corrections, where its gates are open. capped: whether a cap ended the search.
+    worst: the groups of layers in which most of the static plan's noise arises.
     announced: evaluations that were announced, all counted; evaluations: those there were.
     announced_seconds, seconds: elapsed time of the search and of the whole models that it times, as announced and as it was.
     """
 
     plan: Plan
+    opened: Opened | None
     first: Point
     chosen: Point
     accepted: bool
@@ -102,6 +106,9 @@ def search(
     if dynamic != STATIC and not enough and allowed():
         scores.learn(dynamic, first)
         enough = scores.reached(_best(scores, first, scores.points.values()))
+    if not enough and allowed():
+        _open(scores, first)
+        enough = scores.reached(_best(scores, first, scores.points.values()))
     base, moves = STATIC, list[_Move]()
     if not enough and allowed():
         base, moves = _moves(scores, first, (STATIC, quick, apart), dynamic)
@@ -116,15 +123,20 @@ def search(
         for _ in tell.each(steps, f"search: {price}", left):
             pass
     chosen = _timed(scores, first, in_time, tell)
-    if moves and choice_of(chosen) not in (STATIC, quick, base) and not scores.reached(chosen) and allowed():
+    closed = _best(scores, first, _closed(scores))
+    if moves and choice_of(closed) not in (STATIC, quick, base) and not scores.reached(closed) and allowed():
         share = len(scores.points) // FURTHER
         for _ in tell.each(
-            _further(scores, first, chosen, share, allowed), "search: around the plan that seems best", share
+            _further(scores, first, closed, share, allowed), "search: around the plan that seems best", share
         ):
             pass
         chosen = _timed(scores, first, in_time, tell)
+    if moves and allowed():
+        _open(scores, first)
+        chosen = _timed(scores, first, in_time, tell)
     return Found(
-        plan=_explained(problem, chosen, first),
+        plan=_explained(scores, chosen, first),
+        opened=scores.openings.get(choice_of(chosen)),
         first=first,
         chosen=chosen,
         accepted=scores.accepts(chosen),
@@ -173,7 +185,8 @@ def _price(scores: Scores, base: Choice, moves: Sequence[_Move], spent: float) -
     known = sum(scores.name(choice) in memory for choice in new[: count - done])
     timed = scores.problem.costs.timed.keys() - {costs.name_of(scores.problem.costs.faster)}  # they are not timed again
     timing = max(0, USUALLY_TIMED - len(timed)) * scores.problem.ratio_seconds if scores.problem.ratio else 0.0
-    seconds = spent + (count - done - known) * memory.mean_seconds() + timing
+    count += bool(scores.openings)
+    seconds = spent + (count - done - known) * memory.mean_seconds() + timing + scores.opening_seconds
     if goal.max_minutes is not None:
         seconds = min(seconds, max(60 * goal.max_minutes, spent))
     return _Price(evaluations=count, known=known, seconds=seconds)
@@ -250,12 +263,24 @@ def _moves(scores: Scores, first: Point, static: Sequence[Choice], dynamic: Choi
     """The base, and what to try on it: groups in float, and dynamic ones where all of them help but are not worth their time."""
     plans = scores.problem.plans
     start = choice_of(_best(scores, first, [scores.points[each] for each in static if each in scores.points]))
-    base = start.with_dynamic(frozenset(_best(scores, first, scores.points.values()).dynamic_layers))
+    base = start.with_dynamic(frozenset(_best(scores, first, _closed(scores)).dynamic_layers))
     moves = [_Move(group=group) for group in plans.groups() if not group <= base.floats]
     found = scores.points.get(dynamic)
     if base == start and found is not None and found.snr_db > first.snr_db + DYNAMIC_DB:
         moves += [_Move(group=group, dynamic=True) for group in plans.dynamic_groups()]
     return base, moves
+
+
+def _open(scores: Scores, first: Point) -> None:
+    """Look at the best plan with its gates open, and time it if it is more accurate so."""
+    closed = _best(scores, first, _closed(scores))
+    opened = None if scores.reached(closed) else scores.opened(closed)
+    if opened is not None and opened.snr_db > closed.snr_db:
+        scores.timed(opened, first)
+
+
+def _closed(scores: Scores) -> list[Point]:
+    return [point for point in scores.points.values() if not point.opened]
 
 
 def _in_time(goal: Goal, clock: Callable[[], float], start: float) -> Callable[[], bool]:
@@ -396,10 +421,10 @@ def _best(scores: Scores, first: Point, points: Iterable[Point]) -> Point:
     return accepted or max(every, key=lambda point: point.snr_db)
 
 
-def _explained(problem: Problem, chosen: Point, first: Point) -> Plan:
+def _explained(scores: Scores, chosen: Point, first: Point) -> Plan:
     """The chosen plan; each layer that was turned float or dynamic says why."""
-    plan = problem.plans.plan(choice_of(chosen))
-    quick = set(problem.costs.faster)
+    plan = scores.plan(choice_of(chosen))
+    quick = set(scores.problem.costs.faster)
     reasons = {
         name: _why(precision, len(names), chosen, first)
         for precision, names in (("float", chosen.float_layers), ("dynamic", chosen.dynamic_layers))

@@ -18,7 +18,7 @@ from exporter import correct, graph
 from exporter.batches import Array, Batch, digest
 from exporter.budget import MARGIN_DB, Accepts
 from exporter.calibrate import Ranges, cache
-from exporter.correct import Corrected
+from exporter.correct import Corrected, Opened
 from exporter.errors import RecipeError
 from exporter.gates import GATE
 from exporter.graph import Shape
@@ -30,7 +30,7 @@ from exporter.search import faster, memory
 from exporter.search.costs import Costs
 from exporter.search.find import Found, search
 from exporter.search.plans import STATIC, Plans
-from exporter.search.score import Goal, Problem
+from exporter.search.score import Goal, Point, Problem
 from exporter.target import Target, of
 from runtime import cpu
 from runtime.manifest import Budget
@@ -58,10 +58,14 @@ class Caps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Improved:
-    """The plan that ships, its int8 graph, what the search looked at, and the costs it went by."""
+    """The plan that ships, its int8 graph and corrections, what the search looked at, and the costs it went by.
+
+    corrected: as it was given, or of the graph with its gates open; its int8 graph is that of the plan it was made for.
+    """
 
     plan: Plan
     int8: ir.Model
+    corrected: Corrected
     found: Found
     costs: Costs
 
@@ -80,6 +84,7 @@ def improve(
     accepts: Accepts | None,
     caps: Caps,
     tell: Progress,
+    open_gates: Callable[[Plan], Opened | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Improved:
     """Search as the recipe asks, and quantize under the plan that was found.
@@ -92,6 +97,7 @@ def improve(
         accepts: see `Goal`.
         caps: on the search.
         tell: told what is being done.
+        open_gates: `correct.open_gates` of a plan.
         clock: elapsed seconds.
 
     Raises:
@@ -110,8 +116,8 @@ def improve(
     timed, untimed = dict(costs.timed), set[str]()
     measuring, here = caps.costs is None and costs.measured, _is_here(target)
 
-    def ratio(float_layers: tuple[str, ...], dynamic_layers: tuple[str, ...], other: ir.Model) -> float | None:
-        name = prices.name_of(float_layers, dynamic_layers)
+    def ratio(point: Point, other: ir.Model) -> float | None:
+        name = prices.name_of(point.float_layers, point.dynamic_layers, bool(point.opened))
         if name not in timed and not here:
             untimed.add(name)
             return None
@@ -131,6 +137,7 @@ def improve(
         costs=costs,
         ratio=ratio if measuring or timed else None,
         ratio_seconds=faster.takes_seconds(prices.predict(model, plan, costs, shapes)) if here else 0.0,
+        open=open_gates,
     )
     parts = _evaluated(plans, plain, source(plan), means, batches, target, recipe, goal)
     known = memory.at(home, parts, tell.note)
@@ -144,9 +151,12 @@ def improve(
             f"{caps.costs} has no time of {len(untimed)} plan{plural}, and this machine is not {target.name}: predicted"
         )
     costs = replace(costs, timed=timed)
+    if found.opened is not None:
+        made = found.opened.corrected
+        return Improved(plan=found.plan, int8=made.int8, corrected=made, found=found, costs=costs)
     same = (found.plan.int8, found.plan.dynamic) == (plan.int8, plan.dynamic)
     int8 = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
-    return Improved(plan=found.plan, int8=int8, found=found, costs=costs)
+    return Improved(plan=found.plan, int8=int8, corrected=corrected, found=found, costs=costs)
 
 
 def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps, spent_seconds: float) -> Goal:

@@ -22,10 +22,14 @@ NONE: frozenset[str] = frozenset()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The layers in which a plan differs from the static one; none is in both."""
+    """The layers in which a plan differs from the static one; none is in both.
+
+    opened: whether its gates are (`correct.open_gates`).
+    """
 
     floats: frozenset[str] = NONE
     dynamic: frozenset[str] = NONE
+    opened: bool = False
 
     def with_floats(self, layers: frozenset[str]) -> Choice:
         return Choice(floats=self.floats | layers, dynamic=self.dynamic - layers)

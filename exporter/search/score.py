@@ -11,6 +11,7 @@ import onnx_ir as ir
 from exporter import graph
 from exporter.batches import Array, Batch
 from exporter.budget import Accepts
+from exporter.correct import Opened
 from exporter.place import Plan
 from exporter.search import costs
 from exporter.search.costs import Costs
@@ -27,6 +28,8 @@ COMPARED, COMPARED_MACS = 16, 16e9
 # Of what a plan is predicted to take above the fastest, what it may take at least: profiles overrate what float layers cost where
 # they are neighbours. PP-LCNet with its first 8 to 20 of 33 layers in float took a quarter to two thirds of it
 HOPE = 0.5
+# What the line of an open gate takes an element: 0.13 to 0.19 for 25 thousand to 400 thousand of them on x86 with VNNI
+OPENED_NS = 0.15
 
 
 def compared(kept: Sequence[Batch], plan: Plan) -> Sequence[Batch]:
@@ -57,10 +60,14 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One plan that was evaluated: its float and dynamic layers, error, and ms, predicted or as the whole model was timed."""
+    """One plan that was evaluated: its float and dynamic layers, the gates that are open in it, error, and ms, predicted or as the
+
+    whole model was timed.
+    """
 
     float_layers: tuple[str, ...]
     dynamic_layers: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
     snr_db: float
     ms: float
     met: bool
@@ -82,15 +89,17 @@ class Problem:
 
     plans: to choose from. batches: calibration batches to compare outputs on.
     costs: from `faster.settle`, `costs.from_table` or a file. The same costs and batches find the same plan.
-    ratio: the time of a plan's int8 graph over that of the static plan's, given the layers that are float, and those that are
-        dynamic, or None where it cannot be timed; None predicts all. ratio_seconds: about what one such ratio takes, elapsed.
+    ratio: the time of a plan's int8 graph over that of the static plan's, or None where it cannot be timed; None predicts
+        all. ratio_seconds: about what one such ratio takes, elapsed.
+    open: the plan with its int8 gates open, or None where it has none; None opens none.
     """
 
     plans: Plans
     batches: Sequence[Batch]
     costs: Costs
-    ratio: Callable[[tuple[str, ...], tuple[str, ...], ir.Model], float | None] | None = None
+    ratio: Callable[[Point, ir.Model], float | None] | None = None
     ratio_seconds: float = 0.0
+    open: Callable[[Plan], Opened | None] | None = None
 
 
 class Scores:
@@ -99,6 +108,7 @@ class Scores:
     behind_ms: the ms that the plan with every layer dynamic took, over what was predicted for it; others have their share of it.
     over_ms: the same of each plan without dynamic layers that was timed; those with its float layers and more have all of it.
     untimed: plans that were to be timed and cannot be, here.
+    openings: what opening the gates of a plan made of it. opening_seconds: that the last took, elapsed, evaluation included.
     """
 
     def __init__(self, problem: Problem, goal: Goal, memory: Memory, clock: Callable[[], float]) -> None:
@@ -109,18 +119,19 @@ class Scores:
         self.behind_ms = 0.0
         self.over_ms: dict[frozenset[str], float] = {}
         self.untimed: set[Choice] = set()
+        self.openings: dict[Choice, Opened | None] = {}
+        self.opening_seconds = 0.0
 
     def timed(self, point: Point, first: Point) -> Point:
         """The point with the time of its whole model, in the ms of the static plan."""
         choice = choice_of(point)
         if not point.timed and choice != STATIC and self.problem.ratio is not None:
-            int8 = self.problem.plans.int8(choice)
-            ratio = self.problem.ratio(point.float_layers, point.dynamic_layers, int8)
+            ratio = self.problem.ratio(point, self.int8(choice))
             if ratio is None:
                 self.untimed.add(choice)
             else:
                 self.points[choice] = replace(point, ms=first.ms * ratio, timed=True)
-                if not choice.dynamic:
+                if not choice.dynamic and not choice.opened:
                     predicted = self.predicted_ms(choice) - self._over_ms(choice)
                     self.over_ms[choice.floats] = first.ms * ratio - predicted
                     self._predict_again()
@@ -151,7 +162,36 @@ class Scores:
 
     def name(self, choice: Choice) -> str:
         plans = self.problem.plans
-        return costs.name_of(plans.in_order(choice.floats), plans.in_order(choice.dynamic))
+        return costs.name_of(plans.in_order(choice.floats), plans.in_order(choice.dynamic), choice.opened)
+
+    def plan(self, choice: Choice) -> Plan:
+        opened = self.openings.get(choice)
+        return opened.plan if opened is not None else self.problem.plans.plan(choice)
+
+    def int8(self, choice: Choice) -> ir.Model:
+        opened = self.openings.get(choice)
+        return opened.corrected.int8 if opened is not None else self.problem.plans.int8(choice)
+
+    def opened(self, point: Point) -> Point | None:
+        """The same plan with its gates open; None where it has none that scales go through. Nothing of it is kept on disk."""
+        closed = choice_of(point)
+        choice = replace(closed, opened=True)
+        if choice not in self.openings and self.problem.open is not None:
+            start = self.clock()
+            made = self.openings[choice] = self.problem.open(self.plan(closed))
+            if made is not None:
+                found = self.evaluate(choice, made.plan)
+                lines = sum(d.macs for d in made.plan.decisions) - sum(d.macs for d in self.plan(closed).decisions)
+                self.points[choice] = replace(
+                    point,
+                    opened=made.names,
+                    snr_db=found.snr_db,
+                    met=found.met,
+                    ms=self.predicted_ms(closed) + OPENED_NS * lines / 1e6,
+                    timed=False,
+                )
+            self.opening_seconds = self.clock() - start
+        return self.points.get(choice)
 
     def of(self, choice: Choice) -> Point:
         if choice not in self.points:
@@ -181,7 +221,7 @@ class Scores:
 
     def _predict_again(self) -> None:
         for choice, point in self.points.items():
-            if not self.settled(point) and not choice.dynamic:
+            if not self.settled(point) and not choice.dynamic and not choice.opened:
                 self.points[choice] = replace(point, ms=self.predicted_ms(choice))
 
     def _over_ms(self, choice: Choice) -> float:
@@ -191,7 +231,7 @@ class Scores:
     def evaluate(self, choice: Choice, plan: Plan) -> Evaluation:
         """Run the plan's int8 graph beside FP32."""
         expected, inner = self.outputs, self.inner
-        start, batches, int8 = self.clock(), self.problem.batches, self.problem.plans.int8(choice)
+        start, batches, int8 = self.clock(), self.problem.batches, self.int8(choice)
         found = drift.measure(zip(expected, map(graph.runner(int8), batches), strict=True))
         noise = found
         if self.squashed:
@@ -207,7 +247,7 @@ class Scores:
             return point.met
         choice = choice_of(point)
         if choice not in self.accepted:
-            self.accepted[choice] = self.goal.accepts(graph.runner(self.problem.plans.int8(choice)))
+            self.accepted[choice] = self.goal.accepts(graph.runner(self.int8(choice)))
         return self.accepted[choice]
 
     def most_ms(self, fastest: Point) -> float:
@@ -234,4 +274,6 @@ class Scores:
 
 
 def choice_of(point: Point) -> Choice:
-    return Choice(floats=frozenset(point.float_layers), dynamic=frozenset(point.dynamic_layers))
+    return Choice(
+        floats=frozenset(point.float_layers), dynamic=frozenset(point.dynamic_layers), opened=bool(point.opened)
+    )

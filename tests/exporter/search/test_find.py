@@ -16,7 +16,7 @@ from exporter.budget import Run
 from exporter.calibrate import distinguish, observe
 from exporter.progress import Silent
 from exporter.recipe import Rule
-from exporter.search import Goal, Problem, compared, costs, frontier, minutes, search
+from exporter.search import Goal, Point, Problem, compared, costs, frontier, minutes, search
 from exporter.search.memory import Memory
 from exporter.search.plans import Choice, Plans
 from exporter.target import X86_VNNI, Target
@@ -166,7 +166,7 @@ def test_layers_are_tried_on_the_plan_that_seems_best_a_quarter_as_many_as_befor
 def test_plan_with_more_float_layers_counts_with_what_one_that_was_timed_took_over_its_prediction() -> None:
     goal = replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.3)
     one = {"one"}
-    given = replace(problem(), ratio=lambda layers, dynamic, _: 1.2 if one <= set(layers) else 1.0)
+    given = replace(problem(), ratio=lambda point, _: 1.2 if one <= set(point.float_layers) else 1.0)
     found = search(given, goal, Silent())
     assert any(point.timed and one <= set(point.float_layers) for point in found.points)
     assert "one" not in found.chosen.float_layers
@@ -229,7 +229,7 @@ def test_search_is_priced_by_its_first_evaluations_within_30_percent() -> None:
 def test_price_has_the_whole_models_that_are_timed_and_the_cap_on_minutes() -> None:
     goal = replace(NO_LIMIT, aim_snr_db=1000.0)
     now = [0.0]
-    given = replace(slow(problem(), now, 10.0), ratio=lambda layers, dynamic, _: 1.5, ratio_seconds=100.0)
+    given = replace(slow(problem(), now, 10.0), ratio=lambda point, _: 1.5, ratio_seconds=100.0)
     found = search(given, goal, Silent(), clock=lambda: now[0])
     assert found.announced_seconds == 10.0 * found.announced + 400.0
     now = [0.0]
@@ -242,8 +242,8 @@ def test_price_has_the_whole_models_that_are_timed_and_the_cap_on_minutes() -> N
 def test_no_plan_is_timed_after_the_minutes_are_over_but_the_one_that_seems_best() -> None:
     now, asked = [0.0], list[tuple[str, ...]]()
 
-    def ratio(layers: tuple[str, ...], dynamic: tuple[str, ...], _: object) -> float:
-        asked.append(layers)
+    def ratio(point: Point, _: object) -> float:
+        asked.append(point.float_layers)
         return 3.0
 
     given = replace(slow(problem(), now, 20.0), ratio=ratio)
@@ -270,7 +270,7 @@ def test_search_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> Non
 
 
 def test_plan_that_could_not_be_timed_counts_as_predicted() -> None:
-    given = replace(problem(), ratio=lambda layers, dynamic, _: None)
+    given = replace(problem(), ratio=lambda point, _: None)
     goal = replace(NO_LIMIT, aim_snr_db=1000.0, max_slower=0.025)
     found = search(given, goal, Silent())
     assert found.chosen == search(problem(), goal, Silent()).chosen
@@ -302,9 +302,9 @@ def test_plan_that_is_slower_than_predicted_counts_with_its_own_time() -> None:
     assert len(predicted.float_layers) == 2
     asked: list[tuple[str, ...]] = []
 
-    def ratio(layers: tuple[str, ...], dynamic: tuple[str, ...], _: object) -> float:
-        asked.append(layers)
-        return 1.5 if len(layers) > 1 else 1.01
+    def ratio(point: Point, _: object) -> float:
+        asked.append(point.float_layers)
+        return 1.5 if len(point.float_layers) > 1 else 1.01
 
     found = search(replace(given, ratio=ratio), goal, Silent())
     assert set(predicted.float_layers) <= set(asked[0])  # and one more, which may be faster than predicted
@@ -312,7 +312,7 @@ def test_plan_that_is_slower_than_predicted_counts_with_its_own_time() -> None:
     assert found.chosen.float_layers == ("bad",)
     assert found.chosen.timed
     assert found.chosen.ms == pytest.approx(4.04)
-    never = search(replace(given, ratio=lambda layers, dynamic, _: 2.0), goal, Silent())
+    never = search(replace(given, ratio=lambda point, _: 2.0), goal, Silent())
     assert never.chosen.float_layers == ()
 
 
@@ -348,7 +348,7 @@ def test_plan_that_the_caller_refuses_is_not_what_is_left_when_the_timed_ones_ar
             < 0.1
         )
 
-    slow = replace(given, ratio=lambda layers, dynamic, _: 2.0 + len(layers))
+    slow = replace(given, ratio=lambda point, _: 2.0 + len(point.float_layers))
     found = search(slow, replace(NO_LIMIT, aim_snr_db=-100.0, accepts=refuses_static), Silent())
     assert found.chosen.float_layers != ()
     assert found.chosen.timed
@@ -426,9 +426,9 @@ def test_some_layers_are_dynamic_where_all_of_them_take_too_long() -> None:
 def test_dynamic_plan_counts_with_its_own_time_and_others_with_their_share_of_it() -> None:
     given, asked = far(dynamic_ms=1.01), list[tuple[str, ...]]()
 
-    def ratio(floats: tuple[str, ...], dynamic: tuple[str, ...], _: object) -> float:
-        asked.append(dynamic)
-        return 1 + 0.5 * len(dynamic)
+    def ratio(point: Point, _: object) -> float:
+        asked.append(point.dynamic_layers)
+        return 1 + 0.5 * len(point.dynamic_layers)
 
     found = search(replace(given, ratio=ratio), replace(NO_LIMIT, max_slower=0.05), Silent())
     assert asked[0] == ("one", "two", "far")
@@ -467,7 +467,7 @@ def test_accuracy_is_not_bought_beyond_the_time_of_fp32() -> None:
 def test_plan_with_the_layers_that_are_faster_in_float_counts_with_its_own_time() -> None:
     given = problem()
     quick = costs.settled(given.costs, ("one", "four"))
-    timed = replace(given, costs=quick, ratio=lambda layers, dynamic, _: 0.9)
+    timed = replace(given, costs=quick, ratio=lambda point, _: 0.9)
     found = search(timed, replace(NO_LIMIT, aim_snr_db=-100.0), Silent())
     assert found.chosen.float_layers == ("one", "four")
     assert found.chosen.timed
