@@ -13,6 +13,7 @@ A graph output is read by the user, who can tell everything apart.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -26,14 +27,14 @@ EVERYTHING: Interval = (-math.inf, math.inf)
 
 def distinguish(model: ir.Model, ranges: Ranges) -> Ranges:
     """The same ranges, each cut to the union of what its readers distinguish. Ranges that nothing cuts are kept."""
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    return replace(
-        ranges,
-        tensors={
-            name: _cut(found, _seen(values[name])) if name in values else found
-            for name, found in ranges.tensors.items()
-        },
-    )
+    seen = intervals(model)
+    tensors = {name: _cut(found, seen.get(name, EVERYTHING)) for name, found in ranges.tensors.items()}
+    return replace(ranges, tensors=tensors)
+
+
+def intervals(model: ir.Model) -> Mapping[str, Interval]:
+    """{tensor: the smallest interval outside of which no reader sees a difference}, of what nodes make."""
+    return {value.name: _seen(value) for node in model.graph for value in node.outputs if value.name}
 
 
 def _cut(found: Range, seen: Interval) -> Range:
@@ -42,7 +43,6 @@ def _cut(found: Range, seen: Interval) -> Range:
 
 
 def _seen(value: ir.Value) -> Interval:
-    """The smallest interval outside of which no reader sees a difference."""
     readers = graph.consumers(value)
     if value.is_graph_output() or not readers:
         return EVERYTHING

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from exporter import graph, proof, quantize
 from exporter.batches import Array, Batch
-from exporter.calibrate import Ranges
+from exporter.calibrate import Interval, Ranges, intervals
 from exporter.correct import bias, gptq, layers, rounding, smooth
 from exporter.correct.rounding import Paired
 from exporter.correct.smooth import Moved
@@ -81,6 +81,7 @@ def improve(
     means: Mapping[tuple[str, int], Array],
     target: Target,
     batches: Sequence[Batch],
+    told_apart: Mapping[str, Interval] | None = None,
 ) -> Corrected:
     """Quantize with and without each correction and keep the better.
 
@@ -89,6 +90,7 @@ def improve(
         means: channel means of `bias.channels`.
         target: whether weights must keep the pair rule.
         batches: calibration batches, some for weights to be fitted to and some to compare on; reported drift uses others.
+        told_apart: see `smooth.find`; None asks the model.
 
     Raises:
         QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
@@ -108,7 +110,7 @@ def improve(
 
     tried: list[Correction] = []
     ground, plain, int8 = nearest(_Ground(model=model, ranges=ranges, means=means, moved=None))
-    smoothed = _smoothed(ground, plan, seen, unseen, expected)
+    smoothed = _smoothed(ground, plan, intervals(model) if told_apart is None else told_apart, seen, unseen, expected)
     if smoothed is not None:
         other = nearest(smoothed)
         before, after = db(int8), db(other[2])
@@ -217,10 +219,11 @@ def _with_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -
 
 
 def _smoothed(
-    ground: _Ground, plan: Plan, seen: Sequence[Batch], unseen: Sequence[Batch], expected: Sequence[Batch]
-) -> _Ground | None:
+    ground: _Ground, plan: Plan, told_apart: Mapping[str, Interval], seen: Sequence[Batch], unseen: Sequence[Batch],
+    expected: Sequence[Batch],
+) -> _Ground | None:  # fmt: skip
     """The graph with the scales of `smooth` moved; None where nothing can move, or where float32 does not bear it."""
-    found = smooth.find(ground.model, plan, ground.ranges, seen, unseen)
+    found = smooth.find(ground.model, plan, ground.ranges, told_apart, seen, unseen)
     if found is None:
         return None
     moved, ranges = found

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from exporter import gates, graph
 from exporter.batches import Array, Batch
-from exporter.calibrate import Range, Ranges
+from exporter.calibrate import Range, Ranges, intervals
 from exporter.correct import choose, moves
 from exporter.correct.choose import Corrected
 from exporter.graph import Shape
@@ -91,7 +91,7 @@ def improve(
         # of bias correction, which has nothing to do where each weight has a scale of its own
         more.setdefault((each.x, 1), np.zeros(shapes[each.x][1]))
     opened = _placed(plan, lines, shapes)
-    corrected = choose.improve(wider, opened, replace(ranges, tensors=tensors), more, target, batches)
+    corrected = choose.improve(wider, opened, replace(ranges, tensors=tensors), more, target, batches, intervals(model))
     return None if corrected.moved is None else Opened(names=names, plan=opened, corrected=corrected)
 
 

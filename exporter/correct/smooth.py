@@ -24,7 +24,8 @@ import onnx_ir as ir
 
 from exporter import graph
 from exporter.batches import Array, Batch
-from exporter.calibrate import Range, Ranges
+from exporter.calibrate import Interval, Range, Ranges
+from exporter.calibrate.domain import EVERYTHING
 from exporter.correct import layers, moves, rounding
 from exporter.correct.slots import FIXED, Slots, scaled
 from exporter.place import FLOAT_OUTPUT, Plan
@@ -61,7 +62,12 @@ class Ends:
 
 
 def find(
-    model: ir.Model, plan: Plan, ranges: Ranges, seen: Sequence[Batch], unseen: Sequence[Batch]
+    model: ir.Model,
+    plan: Plan,
+    ranges: Ranges,
+    told_apart: Mapping[str, Interval],
+    seen: Sequence[Batch],
+    unseen: Sequence[Batch],
 ) -> tuple[Moved, Ranges] | None:
     """The scales that smooth the tensors that are rounded, and the ranges that go with them; None where nothing can move.
 
@@ -69,6 +75,7 @@ def find(
         model: the prepared graph.
         plan: which nodes are int8.
         ranges: of the prepared graph's tensors.
+        told_apart: `calibrate.intervals`, outside of which no reader sees a difference: no scale need reach there.
         seen: calibration batches from which the scales are taken.
         unseen: others, which count in the ranges too: those of the prepared graph have seen them.
     """
@@ -78,7 +85,7 @@ def find(
     names = [name for name in _rounded(model, plan) if name in slots.of]
     if not names:
         return None
-    first, rest = (_ends(model, slots, names, part, ranges) for part in (seen, unseen))
+    first, rest = (_ends(model, slots, names, part, told_apart) for part in (seen, unseen))
     scales = _scales(slots, _largest(slots, first), _weights(model, plan, slots))
     return Moved(slots=slots, scales=scales), _moved(ranges, slots, scales, _both(first, rest))
 
@@ -121,22 +128,20 @@ def _rounded(model: ir.Model, plan: Plan) -> list[str]:
     return [name for name in dict.fromkeys(found) if name]
 
 
-def _ends(model: ir.Model, slots: Slots, names: Sequence[str], batches: Sequence[Batch], ranges: Ranges) -> Ends:
-    """Within the ranges: what these cut off, as a Relu or a gate behind the tensor does, no scale need reach."""
+def _ends(
+    model: ir.Model, slots: Slots, names: Sequence[str], batches: Sequence[Batch], told_apart: Mapping[str, Interval]
+) -> Ends:
     low = {name: np.full(slots.of[name].shape, np.inf) for name in names}
     high = {name: -low[name] for name in names}
     run = graph.runner(graph.with_outputs(model, names))
     for batch in batches:
         for name, value in run(batch).items():
             if value.size:
+                value = np.clip(value, *told_apart.get(name, EVERYTHING))
                 axes = tuple(axis for axis, size in enumerate(slots.of[name].shape) if size == 1)
                 low[name] = np.minimum(low[name], value.min(axis=axes, keepdims=True))
                 high[name] = np.maximum(high[name], value.max(axis=axes, keepdims=True))
-    covered = ranges.tensors
-    return Ends(
-        low={name: np.maximum(ends, covered[name].low) for name, ends in low.items()},
-        high={name: np.minimum(ends, covered[name].high) for name, ends in high.items()},
-    )
+    return Ends(low=low, high=high)
 
 
 def _both(a: Ends, b: Ends) -> Ends:
@@ -167,7 +172,7 @@ def _weights(model: ir.Model, plan: Plan, slots: Slots) -> Array:
 
 
 def _moved(ranges: Ranges, slots: Slots, scales: Array, ends: Ends) -> Ranges:
-    """Each end as far beyond the smallest (largest) value within it as the method put it before."""
+    """Each end as far beyond or within the smallest (largest) value as the method put it before."""
     tensors = dict(ranges.tensors)
     for name, low in ends.low.items():
         by, high = scales[slots.of[name]], ends.high[name]

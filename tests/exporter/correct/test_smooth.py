@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from exporter import correct, graph, quantize
-from exporter.calibrate import observe
+from exporter.calibrate import intervals, observe
 from exporter.correct import bias, smooth
 from exporter.correct.choose import apart
 from exporter.target import PORTABLE, X86_VNNI, Target
@@ -71,7 +71,7 @@ def test_scales_are_the_formula_by_hand() -> None:
 def found_in(model: ir.Model, given: Batches) -> tuple[smooth.Moved, np.ndarray, float, float]:
     """The scales of n, and its range before and after."""
     plan, ranges = graphs.planned(model, *given)
-    made = smooth.find(model, plan, ranges, *apart(given))
+    made = smooth.find(model, plan, ranges, intervals(model), *apart(given))
     assert made is not None
     moved, after = made
     before, now = ranges.tensors["n"], after.tensors["n"]
@@ -88,15 +88,14 @@ def test_outliers_have_the_largest_scales_and_the_tensor_stays_as_large_as_it_wa
     assert np.abs(whole).max() == pytest.approx(before / 2, rel=0.3)
 
 
-def test_values_that_a_range_cut_off_are_cut_off_in_the_scaled_graph_and_no_others() -> None:
+def test_range_that_a_method_cut_is_cut_as_far_in_the_scaled_graph() -> None:
     model, given = outlying(), batches(9)
     plan, ranges = graphs.planned(model, *given)
     half = {name: replace(each, low=each.low / 2, high=each.high / 2) for name, each in ranges.tensors.items()}
-    moved, found = smooth.find(model, plan, replace(ranges, tensors=half), *apart(given))  # type: ignore[misc]
-    values = np.concatenate([graph.runner(graph.with_outputs(model, ["n"]))(batch)["n"] for batch in given])
-    within = np.clip(values, half["n"].low, half["n"].high) / moved.scales[moved.slots.of["n"]]
-    assert found.tensors["n"].high == pytest.approx(within.max())
-    assert found.tensors["n"].low == pytest.approx(within.min())
+    cut = replace(ranges, tensors=half)
+    (_, wide), (_, narrow) = (smooth.find(model, plan, each, {}, *apart(given)) for each in (ranges, cut))  # type: ignore[misc]
+    assert narrow.tensors["n"].high == pytest.approx(wide.tensors["n"].high / 2)
+    assert narrow.tensors["n"].low == pytest.approx(wide.tensors["n"].low / 2)
 
 
 def test_channel_that_holds_nothing_has_the_scale_of_an_ordinary_one() -> None:
