@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporter import graph
+from exporter import graph, recurrent
 from exporter.batches import Array
 from exporter.prepare import edit
 from exporter.qparams import Rounded, nearest
@@ -38,12 +38,14 @@ def lay(changed: ir.Model, model: ir.Model, layers: Collection[str], weights: Ma
     Args:
         changed: the prepared graph, with or without Q/DQ around other nodes, in which these layers are float.
         model: the prepared graph: it names each layer's weight.
-        layers: names of MatMul and Gemm nodes for which `place.not_dynamic` has no reason.
+        layers: names of MatMul, Gemm and LSTM (`recurrent.lay`) nodes for which `place.not_dynamic` has no reason.
         weights: {weight of the prepared graph: its codes}; one that is not there is rounded to nearest.
     """
-    if not layers:
+    recurrent.lay(changed, layers)
+    products = [node for node in model.graph if node.name in layers and node.op_type != recurrent.LSTM]
+    if not products:
         return
-    named = {node.name: node.inputs[1].name or "" for node in model.graph if node.name in layers and node.inputs[1]}
+    named = {node.name: node.inputs[1].name or "" for node in products if node.inputs[1]}
     inputs: dict[ir.Value, ir.Node] = {}
     stored: dict[str, tuple[ir.Value, ir.Value]] = {}
     for node in [node for node in changed.graph if node.name in named]:

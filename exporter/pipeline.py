@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from exporter import (
     place,
     prepare,
     products,
+    recurrent,
     report,
     search,
     shrink,
@@ -137,8 +139,11 @@ def _export(
     left = {*place.ruled(prepared.model, recipe.rules, "float"), *better.found.chosen.float_layers}
     floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db + budget.MARGIN_DB
     expected = list(map(graph.runner(prepared.model), few))
-    shrunk = shrink.weights(better.int8, expected, few, left, floor_db=floor_db)
-    plan = plan.noted(shrunk.notes)
+    laid = recurrent.improve(better.int8, plan, cpu, expected, few, left, floor_db, accepts)
+    shrunk = shrink.weights(laid.int8, expected, few, left, floor_db=floor_db)
+    plan = laid.plan.noted(shrunk.notes)
+    if laid.layers:  # their codes keep no pair rule
+        corrected = replace(corrected, pair_rule=False)
 
     int8, cpu = products.ready(shrunk.int8, cpu)
     lint.require_sound(int8, cpu)

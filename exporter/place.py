@@ -5,7 +5,7 @@ kernels save on some layers only (target.layer), those are placed by cost like t
 cheapest plan under the target's measured costs. It is a minimum cut: every node stands on the int8 or the float side, a node
 pays for its kernel on its side, and a tensor that crosses pays for a QuantizeLinear or a DequantizeLinear, once however many
 nodes read it. So an Add between two int8 Conv is int8, and the same Add before a LayerNormalization is not. Dynamic layers
-(exporter/dynamic.py) are those that a rule or the search names; they read and write real numbers: the float side.
+(exporter/dynamic.py, recurrent.py) are those that a rule or the search names; they read and write real numbers: the float side.
 
 Rounding costs accuracy, which has no nanoseconds: an int8 kernel that rounds where float would not pays for one more
 QuantizeLinear. MatMul and Gemm count as makers of real numbers: their integer kernels can write float.
@@ -164,14 +164,23 @@ def ruled(model: ir.Model, rules: Sequence[Rule], precision: Precision) -> froze
 def not_dynamic(node: ir.Node, target: Target) -> str:
     """Why a node cannot be dynamic on the target; empty when it can."""
     if node.domain or node.op_type not in target.dynamic:
-        menu = f"for {' and '.join(target.dynamic)} only" if target.dynamic else "not on its menu"
+        menu = f"for {', '.join(target.dynamic)} only" if target.dynamic else "not on its menu"
         return f"dynamic int8 is {menu} on {target.name}"
+    if node.op_type == "LSTM":
+        return _lstm_refusal(node)
     if refused := _refusal(node, target):
         return refused
     weight = graph.constant(node.inputs[1])
     if weight is None:
         return "a product of two activations: dynamic int8 multiplies by a constant matrix"
     return "" if weight.ndim == 2 and weight.dtype == np.float32 else "dynamic int8 multiplies by a float32 matrix"
+
+
+def _lstm_refusal(node: ir.Node) -> str:
+    weights = [graph.constant(value) for value in node.inputs[1:3]]
+    if any(weight is None or weight.dtype != np.float32 for weight in weights):
+        return "dynamic int8 multiplies by float32 weights that are known now"
+    return "dynamic int8 takes steps first, and its batches come first" if node.attributes.get_int("layout", 0) else ""
 
 
 def _precision(node: ir.Node, chosen: Collection[ir.Node], ruled: Mapping[ir.Node, Rule]) -> Precision:

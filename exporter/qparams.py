@@ -32,11 +32,15 @@ class Rounded:
 
 def nearest(weight: Array, channel_axis: int) -> Rounded:
     """code = rint(w / scale), scale = max|w| / 127 per channel; 1 for a channel of nothing. float32 [...]."""
-    others = tuple(axis for axis in range(weight.ndim) if axis != channel_axis)
-    largest = np.abs(weight).max(axis=others, keepdims=True)
-    scale = np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
-    codes = np.clip(np.rint(weight / scale), -LARGEST, LARGEST).astype(np.int8)
+    codes, scale = symmetric(weight, tuple(axis for axis in range(weight.ndim) if axis != channel_axis))
     return Rounded(codes=codes, scale=scale.reshape(-1), channel_axis=channel_axis)
+
+
+def symmetric(weight: Array, shared: tuple[int, ...]) -> tuple[Array, Array]:
+    """Codes int8 in the weight's shape, and scales float32 of size 1 along the axes whose elements share one, as `nearest`."""
+    largest = np.abs(weight).max(axis=shared, keepdims=True)
+    scale = np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
+    return np.clip(np.rint(weight / scale), -LARGEST, LARGEST).astype(np.int8), scale
 
 
 def dequantize(rounded: Rounded) -> Array:

@@ -28,22 +28,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import bear, graph
 from exporter.batches import Array, Batch
 from exporter.prepare import edit
+from exporter.qparams import symmetric
 from runtime import drift
 
-LARGEST = 127
-# weights smaller than this are zero: their scale would not be a normal float32
-NOTHING = 1e-30
 # a smaller float weight is not worth two more nodes
 LEAST_BYTES = 16 << 10
 # a smaller table is folded as a layer's weight is: its memory is not worth two nodes behind each Gather, 1 µs each
 TABLE_BYTES = 128 << 10
-# what the worst output's SNR may lose: on few batches it moves by half of this either way, whatever is rounded
-ALLOWED_DB = 0.5
-# an error of 3 % of the output: above it SNR is spent on size
-AIM_DB = 30.0
 BEHIND = "int8, a scale a column, real numbers behind the Gather"
 AT_LOAD = "int8, real numbers again at load"
 IN_FLOAT = "int8, computes in float"
@@ -109,14 +103,12 @@ def weights(
     expected: Sequence[Batch],
     batches: Sequence[Batch],
     left: Collection[str] = (),
-    aim_db: float = AIM_DB,
+    aim_db: float = bear.AIM_DB,
     floor_db: float = -math.inf,
 ) -> Shrunk:
     """Turn large float weights into codes, as many as the outputs bear.
 
-    They bear a worst SNR of aim_db, or one ALLOWED_DB below the graph's where that is less. All weights at once are
-    tried first. Where that is too much each is tried alone; then they are taken in the order of the harm they do, as
-    far as the outputs bear it: n + log2 n more runs over the batches.
+    See `bear.most`.
 
     Args:
         int8: the quantized graph, which is not changed.
@@ -140,28 +132,17 @@ def weights(
     if not names:
         stored = tuple(_stored(int8, name, why, None) for name, why in refused.items())
         return Shrunk(int8=int8, stored=stored, before_db=None, after_db=None)
-    before = snr_db(())
-    enough = min(before - ALLOWED_DB, aim_db)
-    enough = max(enough, floor_db) if before >= floor_db else enough
-    alone: dict[str, float] = {}
-    chosen, after = names, snr_db(names)
-    if after < enough:
-        alone = {name: snr_db([name]) for name in names}
-        harmless_first = sorted(names, key=lambda name: -alone[name])
-        fits, fails, after = 0, len(names), before
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            at = alone[harmless_first[0]] if middle == 1 else snr_db(harmless_first[:middle])
-            fits, after, fails = (middle, at, fails) if at >= enough else (fits, after, middle)
-        chosen = harmless_first[:fits]
+    borne = bear.most(names, snr_db, aim_db, floor_db)
     refused |= {
-        name: f"float: as int8 it costs too much, SNR {alone[name]:.1f} dB" for name in names if name not in chosen
+        name: f"float: as int8 it costs too much, SNR {borne.alone_db[name]:.1f} dB"
+        for name in names
+        if name not in borne.chosen
     }
     return Shrunk(
-        int8=_with_codes(int8, chosen),
-        stored=tuple(_stored(int8, name, refused.get(name, ""), alone.get(name)) for name in found),
-        before_db=before,
-        after_db=after,
+        int8=_with_codes(int8, borne.chosen),
+        stored=tuple(_stored(int8, name, refused.get(name, ""), borne.alone_db.get(name)) for name in found),
+        before_db=borne.before_db,
+        after_db=borne.after_db,
     )
 
 
@@ -284,9 +265,7 @@ def _rounded(array: Array, shared: tuple[int, ...]) -> tuple[Array, Array]:
 
     So a table's scales fit behind a Gather by whatever indices: array ≈ codes · scale.
     """
-    largest = np.abs(array).max(axis=shared, keepdims=True)
-    scale = np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
-    codes = np.clip(np.rint(array / scale), -LARGEST, LARGEST).astype(np.int8)
+    codes, scale = symmetric(array, shared)
     leading = next(axis for axis in range(array.ndim) if axis not in shared)
     return codes, scale.reshape(scale.shape[leading:])
 

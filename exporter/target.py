@@ -55,7 +55,7 @@ class Target:
     quantize_ns, dequantize_ns: per element; crossing_ns: of either, whatever its size.
     copied_channels: input channels a group from which a Conv that copies its input position by position pays in int8.
     depthwise: whether a depthwise Conv has a kernel of its own that pays in int8.
-    dynamic: op_types that may be layers in dynamic int8 (exporter/dynamic.py).
+    dynamic: op_types that may be layers in dynamic int8 (exporter/dynamic.py, recurrent.py).
     range_ns: per element, to find the range of what they read.
     activations_matmul: whether a MatMul of two activations pays in int8: its B cannot be packed ahead of time.
     session: session config entries.
@@ -118,6 +118,8 @@ UNWANTED = {
     "WeightBiasQuantization": "it rounds the weight of a float layer between two int8 ones, with one scale for all channels",
     "MatMulAddFusion": "where shapes are fixed it makes MatMul and Add a Gemm, which then has no integer kernel",
 }
+# LSTM is not among them where codes must keep the pair rule, or nobody has timed it
+DYNAMIC = ("Gemm", "MatMul")
 SESSION = {LISTED: ";".join(UNWANTED)}
 SERVER = "x86 with VNNI"
 
@@ -136,7 +138,7 @@ X86_VNNI = Target(
     copied_channels=16,
     depthwise=True,
     # as fast as static on MiniLM; DynamicQuantizeLinear takes 1.4 times the time of QuantizeLinear
-    dynamic=("Gemm", "MatMul"),
+    dynamic=(*DYNAMIC, "LSTM"),
     range_ns=0.06,
     # attention's products: u8·s8 by `products`, 6 % faster on MiniLM at 128 tokens, 13 % on ViT-S; the search may have them float
     activations_matmul=True,
@@ -153,6 +155,7 @@ X86_AVX2 = replace(
     summary="x86 with AVX2, no VNNI",
     pairs_in_int16=True,
     activations_matmul=False,  # activations cannot keep to the pair rule, and u8·u8 hardly pays
+    dynamic=DYNAMIC,
     # its kernel works on 8 values at a time where AVX512's works on 16
     quantize_ns=0.30,
     costs_from="x86 with AVX512 hidden",
@@ -164,6 +167,7 @@ PORTABLE = replace(
     machine="",
     pairs_in_int16=True,
     activations_matmul=False,
+    dynamic=DYNAMIC,
 )
 # Every ARM core sums in int32, those with dot products (sdot) and those without alike: all gave the same bits under qemu.
 # None was there to be timed: emulation tells bits, not times.
@@ -173,6 +177,7 @@ ARM64 = replace(
     summary="64-bit ARM: phones, boards",
     machine="aarch64",
     activations_matmul=False,  # nobody has timed it
+    dynamic=DYNAMIC,
     costs_from=f"predicted: {SERVER}",
 )
 # The wasm build rounds and saturates one value at a time, with branches: an int8 output costs 3 ns, and 8 behind a Relu or Clip.
@@ -210,6 +215,7 @@ WASM = replace(
     summary="browsers and node",
     machine="wasm32",
     activations_matmul=False,
+    dynamic=DYNAMIC,
     elementwise=IN_WASM,
     movers=MOVED_IN_WASM,
     # int8 does 22 multiply-adds in the time of 8 in float, and then pays for the output: a 1x1 Conv of 16 channels takes twice
@@ -246,6 +252,11 @@ def facts(target: Target) -> tuple[Fact, ...]:
     )
     whole = "its kernels sum u8·s8 products in int32; -128 wraps in int16 on Cortex-A53 and A72, so no code is -128"
     dear = [op for op, cost in {**target.elementwise, **target.movers}.items() if cost.int8_ns > cost.float_ns]
+    lstm = (
+        "; LSTM of 64 units and more, as many as the outputs bear: DynamicQuantizeLSTM"
+        if "LSTM" in target.dynamic
+        else ""
+    )
     return (
         Fact(
             what="types", value="uint8 activations, int8 weights per channel",
@@ -264,7 +275,7 @@ def facts(target: Target) -> tuple[Fact, ...]:
         Fact(
             what="dynamic", value=", ".join(target.dynamic) or "none",
             why="by a constant matrix, where the search finds that a range for each input pays: DynamicQuantizeMatMul and "
-            "MatMulIntegerToFloat",
+            "MatMulIntegerToFloat" + lstm,
         ),
         Fact(
             what="products", value="MatMul of two activations" if target.activations_matmul else "none",
@@ -279,7 +290,7 @@ def facts(target: Target) -> tuple[Fact, ...]:
             f"{target.costs_from})",
         ),
         Fact(
-            what="float", value="all others, LSTM and GRU among them",
+            what="float", value=f"all others, {'GRU' if 'LSTM' in target.dynamic else 'LSTM and GRU'} among them",
             why="ONNX Runtime has no static integer kernel for them on a CPU",
         ),
         *(Fact(what=f"off at load: {name}", value=LISTED, why=why) for name, why in UNWANTED.items()),

@@ -26,7 +26,7 @@ def render(report: Report) -> str:
         *_row("asked", f"{report.name} for {report.target} (recipe {report.recipe})"),
         *_row("traced", _traced(report)),
         *_row("decided", _decided(report)),
-        *(line for layers in _float_layers(report) for line in _row("", layers)),
+        *(line for layers in (*_float_layers(report), *_dynamic_lstm(report)) for line in _row("", layers)),
         *(line for correction in _corrections(report) for line in _row("", correction)),
         *_row("search", search(report)),
         *_row("data", _data(report)),
@@ -165,6 +165,13 @@ def _float_layers(report: Report) -> Iterable[str]:
         yield (
             f"float: {op_type} {nodes[0]}: {reason}" if len(nodes) == 1 else f"float: {len(nodes)} {op_type}: {reason}"
         )
+
+
+def _dynamic_lstm(report: Report) -> Iterable[str]:
+    """LSTM that run in integers: no search chose them."""
+    found = [node for node in report.nodes if node.kernel == "DynamicQuantizeLSTM"]
+    if found:
+        yield f"dynamic: {len(found)} LSTM: {found[0].reason}"
 
 
 def _corrections(report: Report) -> Iterable[str]:

@@ -211,8 +211,8 @@ def test_rule_makes_a_layer_dynamic_and_its_reason_is_in_the_plan() -> None:
         ("(float[4,4] x) => (float[4,4] y) { [n] y = MatMul(x, x) }", (), "product of two activations"),
         ("(float[4,4] x) => (float[2,4,4] y) { [n] y = MatMul(x, w) }", (2, 4, 4), "its weight has rank 3"),
         ("(float[4,4] x) => (float[4,4] y) { [n] y = Gemm<alpha = 2.0>(x, w) }", (4, 4), "alpha = beta = 1"),
-        ("(float[4,4] x) => (float[4,4] y) { [n] y = Tanh(x) }", (), "dynamic int8 is for Gemm and MatMul only"),
-        ("(float[1,4,8] x) => (float[1,2,6] y) { [n] y = Conv(x, w) }", (2, 4, 3), "for Gemm and MatMul only"),
+        ("(float[4,4] x) => (float[4,4] y) { [n] y = Tanh(x) }", (), "dynamic int8 is for Gemm, MatMul, LSTM only"),
+        ("(float[1,4,8] x) => (float[1,2,6] y) { [n] y = Conv(x, w) }", (2, 4, 3), "for Gemm, MatMul, LSTM only"),
     ],
 )
 def test_rule_for_a_node_that_cannot_be_dynamic_is_refused(text: str, weight: tuple[int, ...], says: str) -> None:

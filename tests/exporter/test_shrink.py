@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from exporter import graph, shrink
+from exporter import bear, graph, shrink
 from runtime import drift
 from runtime.kernels import trace
 from runtime.session import open_session
@@ -278,7 +278,7 @@ def test_weight_that_harms_stays_float_and_the_others_become_codes() -> None:
     assert by_name["good"].kept and not by_name["bad"].kept
     assert by_name["bad"].alone_db is not None and by_name["bad"].alone_db < 15
     assert by_name["bad"].why == f"float: as int8 it costs too much, SNR {by_name['bad'].alone_db:.1f} dB"
-    assert found.after_db == by_name["good"].alone_db == snr_db(model, found.int8, batches) > shrink.AIM_DB
+    assert found.after_db == by_name["good"].alone_db == snr_db(model, found.int8, batches) > bear.AIM_DB
     assert set(initializers(found.int8)) == {"good_codes", "good_scale", "bad"}
 
 
@@ -309,7 +309,7 @@ def test_snr_below_what_is_comfortable_falls_by_little() -> None:
     ]
     found = shrink.weights(model, noisy, batches)
     assert found.before_db is not None and found.after_db is not None
-    assert 19 < found.before_db < 21 and found.after_db > found.before_db - shrink.ALLOWED_DB
+    assert 19 < found.before_db < 21 and found.after_db > found.before_db - bear.ALLOWED_DB
     assert [stored.kept for stored in found.stored] == [True, False]
 
 
