@@ -107,7 +107,7 @@ def search(
         scores.learn(dynamic, first)
         enough = scores.reached(_best(scores, first, scores.points.values()))
     if not enough and allowed():
-        _open(scores, first)
+        _open(scores, first, tell)
         enough = scores.reached(_best(scores, first, scores.points.values()))
     base, moves = STATIC, list[_Move]()
     if not enough and allowed():
@@ -132,7 +132,7 @@ def search(
             pass
         chosen = _timed(scores, first, in_time, tell)
     if moves and allowed():
-        _open(scores, first)
+        _open(scores, first, tell)
         chosen = _timed(scores, first, in_time, tell)
     return Found(
         plan=_explained(scores, chosen, first),
@@ -271,10 +271,13 @@ def _moves(scores: Scores, first: Point, static: Sequence[Choice], dynamic: Choi
     return base, moves
 
 
-def _open(scores: Scores, first: Point) -> None:
+def _open(scores: Scores, first: Point, tell: Progress) -> None:
     """Look at the best plan with its gates open, and time it if it is more accurate so."""
     closed = _best(scores, first, _closed(scores))
-    opened = None if scores.reached(closed) else scores.opened(closed)
+    if scores.problem.open is None or scores.reached(closed):
+        return
+    tell.stage("smooth through HardSwish and SiLU")
+    opened = scores.opened(closed)
     if opened is not None and opened.snr_db > closed.snr_db:
         scores.timed(opened, first)
 

@@ -18,7 +18,7 @@ from exporter import correct, graph
 from exporter.batches import Array, Batch, digest
 from exporter.budget import MARGIN_DB, Accepts
 from exporter.calibrate import Ranges, cache
-from exporter.correct import Corrected, Opened
+from exporter.correct import GATES, Corrected, Opened
 from exporter.errors import RecipeError
 from exporter.gates import GATE
 from exporter.graph import Shape
@@ -104,7 +104,8 @@ def improve(
         RecipeError: the cost table cannot be read, or is of another graph.
     """
     start, plain = clock(), corrected.int8
-    if any(each.op_type == GATE and each.precision == "int8" for each in plan.decisions):
+    gates = {each.op_type for each in plan.decisions if each.op_type in GATES and each.precision == "int8"}
+    if GATE in gates:
         plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
     source = partial(correct.source, model, means=means, corrected=corrected)
     plans = Plans(model, plan, plain, source, target, recipe.rules, shapes)
@@ -137,7 +138,7 @@ def improve(
         costs=costs,
         ratio=ratio if measuring or timed else None,
         ratio_seconds=faster.takes_seconds(prices.predict(model, plan, costs, shapes)) if here else 0.0,
-        open=open_gates,
+        open=open_gates if gates else None,
     )
     parts = _evaluated(plans, plain, source(plan), means, batches, target, recipe, goal)
     known = memory.at(home, parts, tell.note)
