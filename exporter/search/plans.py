@@ -119,7 +119,7 @@ class Plans:
 
     def units(self) -> list[frozenset[str]]:
         """The smallest groups, in graph order."""
-        return self._chunks(self.layers, self._unit)
+        return list(dict.fromkeys(self._chunks(self.layers, self._unit)))
 
     @property
     def _unit(self) -> int:
