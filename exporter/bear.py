@@ -45,7 +45,7 @@ def most(
     after = snr_db(names)
     if after >= enough:
         return Borne(chosen=tuple(names), before_db=before, after_db=after, alone_db={})
-    alone = {name: snr_db([name]) for name in names}
+    alone = {name: snr_db([name]) for name in names} if len(names) > 1 else {names[0]: after}
     harmless_first = sorted(names, key=lambda name: -alone[name])
     fits, fails, after = 0, len(names), before
     while fails - fits > 1:

@@ -49,8 +49,8 @@ EXACT = frozenset(
         "Mul",  # one rounding, as IEEE 754 says it
     }
 )
-# These add a float bias behind their integer product, in one instruction or two
-ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
+# These add a float bias behind their integer product, in one instruction or two; an LSTM has exponentials, too
+ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter import graph, recurrent
 from exporter.batches import Array
+from exporter.place import LSTM
 from exporter.prepare import edit
 from exporter.qparams import Rounded, nearest
 
@@ -41,8 +42,10 @@ def lay(changed: ir.Model, model: ir.Model, layers: Collection[str], weights: Ma
         layers: names of MatMul, Gemm and LSTM (`recurrent.lay`) nodes for which `place.not_dynamic` has no reason.
         weights: {weight of the prepared graph: its codes}; one that is not there is rounded to nearest.
     """
+    if not layers:
+        return
     recurrent.lay(changed, layers)
-    products = [node for node in model.graph if node.name in layers and node.op_type != recurrent.LSTM]
+    products = [node for node in model.graph if node.name in layers and node.op_type != LSTM]
     if not products:
         return
     named = {node.name: node.inputs[1].name or "" for node in products if node.inputs[1]}

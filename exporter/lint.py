@@ -17,7 +17,7 @@ from urllib.parse import quote
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph, ort_format
+from exporter import graph, ort_format, recurrent
 from exporter.batches import Array, Batch
 from exporter.correct.rounding import breaks_pair_rule
 from exporter.errors import QuantizeError
@@ -254,6 +254,10 @@ def _layers(model: ir.Model) -> Iterator[_Layer]:
             if activation is None and node.op_type.startswith("Q"):
                 activation = _dtype(node.inputs[2])  # the zero point's type is the tensor's
             yield _Layer(node=node, op_type=op_type, activation=activation, weight=_of(codes), codes=codes)
+        elif node.op_type == recurrent.OPERATOR:
+            for codes in map(_constant, node.inputs[1:3]):  # [directions, in, 4 hidden]
+                for each in codes if codes is not None else ():
+                    yield _Layer(node=node, op_type="MatMul", activation=UINT8, weight=_of(each), codes=each)
         elif node.op_type in LAYERS:
             op_type, at = LAYERS[node.op_type]
             activation, (weight, codes) = _dequantized(node.inputs[0])[0], _dequantized(node.inputs[at])

@@ -124,6 +124,13 @@ def _export(
     corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
 
     few = search.compared(split.kept, plan)
+    expected = list(map(graph.runner(prepared.model), few))
+    ruled = place.ruled(prepared.model, recipe.rules, "float")
+    if recurrences := recurrent.candidates(corrected.int8, plan, cpu, ruled):
+        tell.stage("let LSTM run in integers, as many as the outputs bear")
+        limits, aim_db = search.limits(recipe), recipe.search.aim_snr_db
+        laid = recurrent.improve(corrected.int8, plan, recurrences, expected, few, aim_db, limits, accepts)
+        plan, corrected = laid.plan, replace(corrected, int8=laid.int8)
     open_gates = partial(
         correct.open_gates, prepared.model, ranges=found.ranges, means=found.means, target=cpu, shapes=shapes, batches=split.kept,
     )  # fmt: skip
@@ -136,14 +143,11 @@ def _export(
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
     plan = better.plan.noted(found.notes).noted(paired)
 
-    left = {*place.ruled(prepared.model, recipe.rules, "float"), *better.found.chosen.float_layers}
+    left = {*ruled, *better.found.chosen.float_layers}
     floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db + budget.MARGIN_DB
-    expected = list(map(graph.runner(prepared.model), few))
-    laid = recurrent.improve(better.int8, plan, cpu, expected, few, left, floor_db, accepts)
-    shrunk = shrink.weights(laid.int8, expected, few, left, floor_db=floor_db)
-    plan = laid.plan.noted(shrunk.notes)
-    if laid.layers:  # their codes keep no pair rule
-        corrected = replace(corrected, pair_rule=False)
+    shrunk = shrink.weights(better.int8, expected, few, left, floor_db=floor_db)
+    plan = plan.noted(shrunk.notes)
+    corrected = replace(corrected, pair_rule=corrected.pair_rule and not recurrent.is_in(shrunk.int8))
 
     int8, cpu = products.ready(shrunk.int8, cpu)
     lint.require_sound(int8, cpu)

@@ -39,6 +39,7 @@ REMOVABLE = ("Relu", "Clip")
 # Layers that take the Relu or Clip behind them along: a Conv writes codes in any case, and ONNX Runtime fuses a float
 # Relu into a Gemm before it looks for an integer kernel, and then finds none
 FOLDING = ("Conv", "Gemm")
+LSTM = "LSTM"
 # They read a tensor's shape, which its codes have too: no value crosses to them
 SHAPE_READERS = ("Shape", "Size")
 
@@ -166,7 +167,7 @@ def not_dynamic(node: ir.Node, target: Target) -> str:
     if node.domain or node.op_type not in target.dynamic:
         menu = f"for {', '.join(target.dynamic)} only" if target.dynamic else "not on its menu"
         return f"dynamic int8 is {menu} on {target.name}"
-    if node.op_type == "LSTM":
+    if node.op_type == LSTM:
         return _lstm_refusal(node)
     if refused := _refusal(node, target):
         return refused

@@ -27,47 +27,55 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporter import bear, graph, place
 from exporter.batches import Batch
 from exporter.budget import Accepts
-from exporter.place import Plan
+from exporter.place import LSTM, Decision, Plan
 from exporter.prepare import edit
 from exporter.qparams import symmetric
 from exporter.target import Target
-from runtime import drift
+from runtime import drift, gate
+from runtime.drift import Drift
+from runtime.manifest import Budget
 
-LSTM, DOMAIN = "LSTM", "com.microsoft"
+DOMAIN, OPERATOR = "com.microsoft", "DynamicQuantizeLSTM"
+WORTH_DB = 5.0
 PAYS_FROM = 2 * 4 * 64 * 64  # elements of W and R in a direction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Laid:
-    """The graph and the plan with the LSTM that became dynamic."""
+    """The graph and the plan with the LSTM that became dynamic, and why others did not."""
 
     int8: ir.Model
     plan: Plan
     layers: tuple[str, ...]
 
 
+def candidates(int8: ir.Model, plan: Plan, target: Target, left: Collection[str] = ()) -> tuple[str, ...]:
+    """LSTM that are float in the plan and would be faster in integers on the target, without those that are to be left alone."""
+    free = {d.node for d in plan.decisions if d.precision == "float"} - set(left)
+    return tuple(node.name or "" for node in int8.graph if node.name in free and _pays(node, target))
+
+
 def improve(
     int8: ir.Model,
     plan: Plan,
-    target: Target,
+    names: Sequence[str],
     expected: Sequence[Batch],
     batches: Sequence[Batch],
-    left: Collection[str] = (),
-    floor_db: float = -math.inf,
+    aim_db: float,
+    budget: Budget,
     accepts: Accepts | None = None,
 ) -> Laid:
-    """Let LSTM be dynamic where that is faster on the target, as many as the outputs bear.
+    """Let LSTM be dynamic, as many as the outputs bear.
 
     Args:
         int8: the quantized graph, which is not changed, of the plan.
+        names: `candidates`.
         expected: outputs of the FP32 graph on each batch.
         batches: calibration batches to compare on.
-        left: nodes that stay float, for instance because a rule says so.
-        floor_db: see `bear.most`.
-        accepts: see `search.Goal`.
+        aim_db: of the search. Outputs bear WORTH_DB less: half a decibel a percent is what a search pays, and these save tens.
+        budget: limits on drift; outputs that are within them stay so.
+        accepts: see `search.Goal`; where it refuses, those that do most harm are float again, one by one.
     """
-    free = {d.node for d in plan.decisions if d.precision == "float"} - set(left)
-    names = [node.name or "" for node in int8.graph if node.name in free and _pays(node, target)]
     if not names:
         return Laid(int8=int8, plan=plan, layers=())
 
@@ -76,20 +84,39 @@ def improve(
         lay(clone, chosen)
         return clone
 
-    def snr_db(chosen: Collection[str]) -> float:
-        pairs = zip(expected, map(graph.runner(made(chosen)), batches), strict=True)
-        return drift.measure(pairs).worst_snr_db
+    def measured(chosen: Collection[str]) -> Drift:
+        return drift.measure(zip(expected, map(graph.runner(made(chosen)), batches), strict=True))
 
-    borne = bear.most(names, snr_db, floor_db=floor_db)
-    found = made(borne.chosen)
-    if not borne.chosen or (accepts is not None and not accepts(graph.runner(found))):
-        return Laid(int8=int8, plan=plan, layers=())
-    more = f", and those of {len(borne.chosen) - 1} more," if len(borne.chosen) > 1 else ""
-    reason = f"its products in integers{more} take the outputs from {borne.before_db:.1f} to {borne.after_db:.1f} dB"
-    decisions = (
-        replace(d, precision="dynamic", reason=reason) if d.node in borne.chosen else d for d in plan.decisions
-    )
-    return Laid(int8=found, plan=replace(plan, decisions=tuple(decisions)), layers=borne.chosen)
+    def within(found: Drift) -> bool:
+        return all(line.met for line in gate.limits(budget, found, 1.0, 0, 0))
+
+    asked = within(measured(()))
+
+    def snr_db(chosen: Collection[str]) -> float:
+        found = measured(chosen)
+        return found.worst_snr_db if not asked or within(found) else -math.inf
+
+    borne = bear.most(names, snr_db, aim_db - WORTH_DB)
+    layers = borne.chosen
+    while layers and accepts is not None and not accepts(graph.runner(made(layers))):
+        layers = layers[:-1]
+    after = borne.after_db if layers == borne.chosen else snr_db(layers)
+    more = f", and those of {len(layers) - 1} more," if len(layers) > 1 else ""
+    reason = f"its products in integers{more} take the outputs from {borne.before_db:.1f} to {after:.1f} dB"
+    refused = {name: f"its products in integers cost too much, SNR {db:.1f} dB" for name, db in borne.alone_db.items()}
+
+    def decided(each: Decision) -> Decision:
+        if each.node in layers:
+            return replace(each, precision="dynamic", reason=reason)
+        return replace(each, reason=f"{each.reason}; {refused[each.node]}") if each.node in refused else each
+
+    decisions = tuple(map(decided, plan.decisions))
+    return Laid(int8=made(layers), plan=replace(plan, decisions=decisions), layers=layers)
+
+
+def is_in(model: ir.Model) -> bool:
+    """Whether an LSTM of the graph is dynamic: its codes keep no pair rule."""
+    return any(node.op_type == OPERATOR for node in model.graph)
 
 
 def _pays(node: ir.Node, target: Target) -> bool:
@@ -102,8 +129,11 @@ def _pays(node: ir.Node, target: Target) -> bool:
 
 def lay(changed: ir.Model, layers: Collection[str]) -> None:
     """Let the LSTM among these layers, for which `place.not_dynamic` has no reason, be dynamic; the graph is changed."""
+    nodes = [node for node in changed.graph if node.name in layers and node.op_type == LSTM]
+    if not nodes:
+        return
     stored: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    for node in [node for node in changed.graph if node.name in layers and node.op_type == LSTM]:
+    for node in nodes:
         for value in node.inputs[1:3]:
             if value is not None and value not in stored:
                 stored[value] = _stored(changed, value)
@@ -113,7 +143,7 @@ def lay(changed: ir.Model, layers: Collection[str]) -> None:
         attributes = [each for name, each in node.attributes.items() if name != "layout"]
         new = ir.Node(
             DOMAIN,
-            "DynamicQuantizeLSTM",
+            OPERATOR,
             [*inputs, *w[1:], *r[1:]],
             attributes,
             num_outputs=len(node.outputs),

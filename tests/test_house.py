@@ -41,6 +41,8 @@ STAGES = (
     "cluster",
     "gates",
     "place",
+    "bear",
+    "recurrent",
     "dynamic",
     "quantize",
     "products",

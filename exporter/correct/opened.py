@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
@@ -103,7 +104,8 @@ def _useful(model: ir.Model, plan: Plan, shapes: Mapping[str, Shape]) -> tuple[s
         return ()
     wider, lines = _open(model, candidates, shapes)
     slots = moves.find(wider, {**shapes, **{each.line: shapes[each.x] for each in lines.values()}})
-    return tuple(name for name in candidates if lines[name].x in slots.of)
+    by_channel = {name for name, its in slots.of.items() if name in shapes and its.shape == (1, shapes[name][1], 1, 1)}
+    return tuple(name for name in candidates if lines[name].x in by_channel)
 
 
 def _is_swish(node: ir.Node, int8: Collection[str | None], shapes: Mapping[str, Shape]) -> bool:
@@ -132,10 +134,12 @@ def _open(model: ir.Model, names: Collection[str], shapes: Mapping[str, Shape]) 
         channels = shapes[x.name or ""][1]
         slope = edit.initializer(clone, f"{name}_slope", np.full((channels, 1, 1, 1), alpha, np.float32))
         offset = edit.initializer(clone, f"{name}_offset", np.full(channels, beta, np.float32))
-        conv = ir.node("Conv", [x, slope, offset], {"group": channels, "kernel_shape": [1, 1]}, name=f"{name}_line")
+        taken = {each.name for each in clone.graph}
+        its = next(each for each in (f"{name}_line", *(f"{name}_line_{i}" for i in count(1))) if each not in taken)
+        conv = ir.node("Conv", [x, slope, offset], {"group": channels, "kernel_shape": [1, 1]}, name=its)
         line = conv.outputs[0]
         line.name, line.type, line.shape = edit.free_name(clone, f"{y.name}_line"), x.type, x.shape
-        lines[name] = _Line(node=f"{name}_line", x=x.name or "", line=line.name, gate=y.name or "", clips=clips)
+        lines[name] = _Line(node=its, x=x.name or "", line=line.name, gate=y.name or "", clips=clips)
         if clips:
             ends = [edit.initializer(clone, f"{name}_{end}", np.array(end, np.float32)) for end in (0, 1)]
             clip = ir.node("Clip", [line, *ends], name=name)

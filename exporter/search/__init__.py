@@ -1,7 +1,7 @@
 """Plan + measured error + measured ms -> the cheapest plan that is accurate enough."""
 
 from exporter.search.find import Found, minutes, search
-from exporter.search.improve import Caps, Improved, improve
+from exporter.search.improve import Caps, Improved, improve, limits
 from exporter.search.score import Goal, Point, Problem, compared, frontier
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "compared",
     "frontier",
     "improve",
+    "limits",
     "minutes",
     "search",
 ]

@@ -238,7 +238,8 @@ def _dynamic_by_table(node: ir.Node, int8_ms: float, target: Target, shapes: Map
     """The static kernel, and finding the range and rounding of its input, shared by all dynamic layers that read it."""
     if place.not_dynamic(node, target) or node.inputs[0] is None:
         return 0.0
-    sharing = [reader for reader in graph.consumers(node.inputs[0]) if not place.not_dynamic(reader, target)]
+    readers = [reader for reader in graph.consumers(node.inputs[0]) if reader.op_type in target.layers]
+    sharing = [reader for reader in readers if not place.not_dynamic(reader, target)]
     elements = math.prod(shapes.get(node.inputs[0].name or "", ()))
     codes = (target.range_ns + target.quantize_ns) * elements + target.crossing_ns
     return int8_ms + codes / len(sharing) / 1e6

@@ -34,7 +34,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from exporter import graph
 from exporter.correct import Opened
+from exporter.errors import QuantizeError
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.search import costs
@@ -179,13 +181,12 @@ def _price(scores: Scores, base: Choice, moves: Sequence[_Move], spent: float) -
     singles = dict.fromkeys(choice for move in moves for choice in _needed(scores, base, move))
     done, new = len(scores.points), [choice for choice in singles if choice not in scores.points]
     joint = _usual_joint_scores(sum(not unit <= base.floats for unit in scores.problem.plans.units()))
-    count = done + len(new) + joint
+    count = done + len(new) + joint + any(scores.openings.values())
     if goal.max_evaluations is not None:
         count = max(done, min(count, goal.max_evaluations))
     known = sum(scores.name(choice) in memory for choice in new[: count - done])
     timed = scores.problem.costs.timed.keys() - {costs.name_of(scores.problem.costs.faster)}  # they are not timed again
     timing = max(0, USUALLY_TIMED - len(timed)) * scores.problem.ratio_seconds if scores.problem.ratio else 0.0
-    count += bool(scores.openings)
     seconds = spent + (count - done - known) * memory.mean_seconds() + timing + scores.opening_seconds
     if goal.max_minutes is not None:
         seconds = min(seconds, max(60 * goal.max_minutes, spent))
@@ -277,7 +278,11 @@ def _open(scores: Scores, first: Point, tell: Progress) -> None:
     if scores.problem.open is None or scores.reached(closed):
         return
     tell.stage("smooth through HardSwish and SiLU")
-    opened = scores.opened(closed)
+    try:
+        opened = scores.opened(closed)
+    except (QuantizeError, graph.RunError) as error:  # a plan without it is there
+        tell.note(f"gates stay closed: {error}")
+        return
     if opened is not None and opened.snr_db > closed.snr_db:
         scores.timed(opened, first)
 

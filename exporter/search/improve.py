@@ -160,22 +160,19 @@ def improve(
     return Improved(plan=found.plan, int8=int8, corrected=corrected, found=found, costs=costs)
 
 
-def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps, spent_seconds: float) -> Goal:
-    """The recipe's limits on drift, with a margin: they are judged on other batches in the end.
-
-    spent_seconds: of the minutes, by timing.
-    """
+def limits(recipe: Recipe) -> Budget:
+    """The recipe's limits on drift, that on SNR with a margin: they are judged on other batches in the end."""
     asked = recipe.budget
     least = None if asked.min_snr_db is None else asked.min_snr_db + MARGIN_DB
-    drift = Budget(
-        min_snr_db=least,
-        min_cosine=asked.min_cosine,
-        max_abs=asked.max_abs,
-        min_same_top1=asked.min_same_top1,
-        min_integer_macs=asked.min_integer_macs,
+    return Budget(
+        min_snr_db=least, min_cosine=asked.min_cosine, max_abs=asked.max_abs, min_same_top1=asked.min_same_top1
     )
+
+
+def _goal(recipe: Recipe, accepts: Accepts | None, caps: Caps, spent_seconds: float) -> Goal:
+    """What the recipe asks. spent_seconds: of the minutes, by timing."""
     return Goal(
-        budget=drift,
+        budget=replace(limits(recipe), min_integer_macs=recipe.budget.min_integer_macs),
         aim_snr_db=recipe.search.aim_snr_db,
         max_slower=recipe.search.max_slower,
         accepts=accepts,

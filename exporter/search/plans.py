@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -63,7 +63,8 @@ class Plans:
 
         Args:
             model: the prepared graph.
-            static, int8: the plan to start from, and its int8 graph with Q/DQ around every gate.
+            static, int8: the plan to start from, and its int8 graph with Q/DQ around every gate. LSTM that are dynamic in it
+                are so in every plan.
             source: a plan -> the prepared graph with the biases that are corrected under it (`correct.source`).
             target, rules, shapes: those with which `place.decide` made the plan.
         """
@@ -71,6 +72,7 @@ class Plans:
         self._source, self._target, self._rules = source, target, tuple(rules)
         self._known, self._weights = variant.pairs(int8), quantize.weights(int8)
         self._plans = {STATIC: static}
+        self._recurrent = {d.node: d for d in static.decisions if d.op_type == place.LSTM and d.precision == "dynamic"}
         asked = place.ruled(model, rules, "int8")
         before = {reader.name: value.producer() for reader in model.graph for value in reader.inputs[:1] if value}
         kept = asked | {maker.name for name in asked if (maker := before.get(name)) is not None}
@@ -93,9 +95,10 @@ class Plans:
 
     def plan(self, choice: Choice) -> Plan:
         if choice not in self._plans:
-            self._plans[choice] = place.decide(
-                self.model, self._target, self._rules, self.shapes, choice.floats, choice.dynamic
-            )
+            dynamic = choice.dynamic | self._recurrent.keys()
+            plan = place.decide(self.model, self._target, self._rules, self.shapes, choice.floats, dynamic)
+            decisions = (self._recurrent.get(each.node, each) for each in plan.decisions)
+            self._plans[choice] = replace(plan, decisions=tuple(decisions))
         return self._plans[choice]
 
     def int8(self, choice: Choice) -> ir.Model:

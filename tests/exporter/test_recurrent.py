@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,12 +12,18 @@ import onnx_ir as ir
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from exporter import dynamic, graph, place, recurrent
+import exporter
+from exporter import dynamic, graph, lint, place, recurrent
+from exporter.batches import Batch
+from exporter.budget import Accepts, Run
 from exporter.errors import RecipeError
 from exporter.place import Plan
+from exporter.recipe import parse
 from exporter.recurrent import Laid
 from exporter.target import PORTABLE, X86_VNNI, Target
+from runtime import manifest
 from runtime.kernels import trace
+from runtime.manifest import Budget
 from runtime.session import open_session
 from tests.exporter import graphs
 
@@ -30,13 +38,22 @@ WEIGHTS = {
     "b": graphs.noise(9, 1, 8 * HIDDEN) / 8,
     "axes": np.array([1]),
 }
+NO_LIMIT = Budget()
 BATCHES = [{"x": graphs.noise(seed, 12, 2, HIDDEN)} for seed in range(4)]
 
 
-def improve(model: ir.Model, target: Target = X86_VNNI, **asked: object) -> Laid:
-    plan = place.decide(model, target, (), graph.shapes(model, BATCHES[0]))
-    expected = list(map(graph.runner(model), BATCHES))
-    return recurrent.improve(model, plan, target, expected, BATCHES, **asked)  # type: ignore[arg-type]
+def improve(
+    model: ir.Model,
+    target: Target = X86_VNNI,
+    left: tuple[str, ...] = (),
+    aim_db: float = 35.0,
+    budget: Budget = NO_LIMIT,
+    accepts: Accepts | None = None,
+    batches: Sequence[Batch] = BATCHES,
+) -> Laid:
+    plan = place.decide(model, target, (), graph.shapes(model, batches[0]))
+    names, expected = recurrent.candidates(model, plan, target, left), list(map(graph.runner(model), batches))
+    return recurrent.improve(model, plan, names, expected, batches, aim_db, budget, accepts)
 
 
 def precisions(plan: Plan) -> dict[str, str]:
@@ -81,13 +98,11 @@ def test_both_directions_and_a_given_state() -> None:
         {"x": graphs.noise(n, 9, 2, 64), "h0": graphs.noise(n, 2, 2, 64), "c0": graphs.noise(n, 2, 2, 64)}
         for n in range(3)
     ]
-    expected = list(map(graph.runner(model), batches))
-    plan = place.decide(model, X86_VNNI, (), graph.shapes(model, batches[0]))
-    found = recurrent.improve(model, plan, X86_VNNI, expected, batches)
+    found = improve(model, batches=batches)
     assert found.layers == ("both",)
-    made = graph.runner(found.int8)(batches[1])
-    np.testing.assert_allclose(made["y"], expected[1]["y"], atol=0.05)
-    np.testing.assert_allclose(made["h"], expected[1]["h"], atol=0.05)
+    made, expected = graph.runner(found.int8)(batches[1]), graph.runner(model)(batches[1])
+    np.testing.assert_allclose(made["y"], expected["y"], atol=0.05)
+    np.testing.assert_allclose(made["h"], expected["h"], atol=0.05)
 
 
 def test_layer_that_outputs_do_not_bear_stays_float() -> None:
@@ -95,21 +110,42 @@ def test_layer_that_outputs_do_not_bear_stays_float() -> None:
     bad = WEIGHTS | {"w": WEIGHTS["w"].copy()}
     bad["w"][:, :, 7] *= 3000
     given = [batch | {"x": batch["x"] * (np.arange(HIDDEN) != 7).astype(np.float32)} for batch in BATCHES]
-    model = graphs.model(TWO, bad)
-    plan = place.decide(model, X86_VNNI, (), graph.shapes(model, given[0]))
-    found = recurrent.improve(model, plan, X86_VNNI, list(map(graph.runner(model), given)), given)
+    found = improve(graphs.model(TWO, bad), batches=given)
     assert found.layers == ("second",)
-    assert precisions(found.plan)["first"] == "float"
+    first = next(d for d in found.plan.decisions if d.node == "first")
+    assert first.precision == "float" and "its products in integers cost too much, SNR" in first.reason
 
 
 @pytest.mark.parametrize(
-    "asked", [{"left": ("first", "second")}, {"accepts": lambda run: False}, {"floor_db": 90.0}],
-    ids=["left", "not accepted", "not close enough"],
-)  # fmt: skip
-def test_what_is_asked_for_keeps_them_float(asked: dict[str, object]) -> None:
+    "asked",
+    [
+        {"left": ("first", "second")},
+        {"accepts": lambda run: False},
+        {"aim_db": 90.0},
+        {"budget": Budget(max_abs=1e-4)},
+        {"budget": Budget(min_cosine=0.9999999)},
+    ],
+    ids=["left", "not accepted", "not close enough", "max_abs", "cosine"],
+)
+def test_what_is_asked_for_keeps_them_float(asked: dict[str, Any]) -> None:
+    found = improve(graphs.model(TWO, WEIGHTS), **asked)
+    assert found.layers == () and not recurrent.is_in(found.int8)
+
+
+def test_metric_that_refuses_both_may_accept_one() -> None:
     model = graphs.model(TWO, WEIGHTS)
-    found = improve(model, **asked)
-    assert found.layers == () and found.int8 is model
+    exact = graph.runner(model)(BATCHES[0])["c"]
+
+    def near(run: Run) -> bool:
+        return bool(np.abs(run(BATCHES[0])["c"] - exact).max() < worst)
+
+    errors = [
+        np.abs(graph.runner(improve(model, left=left).int8)(BATCHES[0])["c"] - exact).max()
+        for left in (("second",), ())
+    ]
+    worst = (errors[0] + errors[1]) / 2
+    assert errors[0] < worst < errors[1]
+    assert improve(model, accepts=near).layers == ("first",)
 
 
 def test_small_ones_and_other_targets_stay_float() -> None:
@@ -118,9 +154,7 @@ def test_small_ones_and_other_targets_stay_float() -> None:
         "w": graphs.noise(1, 1, 64, 16), "r": graphs.noise(2, 1, 64, 16), "b": graphs.noise(3, 1, 128),
         "v": graphs.noise(5, 1, 64, 16), "q": graphs.noise(6, 1, 64, 16), "axes": np.array([1]),
     }  # fmt: skip
-    model, given = graphs.model(small, weights), [{"x": graphs.noise(1, 12, 2, 16)}]
-    plan = place.decide(model, X86_VNNI, (), graph.shapes(model, given[0]))
-    assert recurrent.improve(model, plan, X86_VNNI, [graph.runner(model)(given[0])], given).layers == ()
+    assert improve(graphs.model(small, weights), batches=[{"x": graphs.noise(1, 12, 2, 16)}]).layers == ()
     assert improve(graphs.model(TWO, WEIGHTS), PORTABLE).layers == ()
 
 
@@ -133,3 +167,29 @@ def test_rule_makes_one_dynamic_and_says_why_it_cannot() -> None:
     assert graphs.op_types(laid) == ["DynamicQuantizeLSTM", "Squeeze", "LSTM"]
     with pytest.raises(RecipeError, match="for Gemm, MatMul only on portable"):
         graphs.planned(model, *BATCHES, target=PORTABLE, first="dynamic")
+
+
+HEADED = """(float[S,N,64] x) => (float[S,N,8] z) {
+    [lstm] s, h, c = LSTM <hidden_size=64> (x, w, r, b)
+    [flat] f = Squeeze(s, axes)
+    [head] z = MatMul(f, m)
+}"""
+MORE = {name: WEIGHTS[name] for name in ("w", "r", "b", "axes")} | {"m": graphs.noise(7, 64, 8)}
+
+
+@pytest.mark.parametrize(
+    "rule", ["", '[[rules]]\nmatch = "lstm"\nprecision = "dynamic"\nwhy = "asked"\n'], ids=["found", "ruled"]
+)
+def test_bundle_says_that_it_holds_on_no_other_cpu(rule: str, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(graph.to_bytes(graphs.model(HEADED, MORE)))
+    recipe = parse(exporter.load_recipe("x86-vnni").toml + rule, "lstm")
+    given = [{"x": graphs.noise(seed, 12, 2, HIDDEN)} for seed in range(12)]
+    made = exporter.export(
+        exporter.from_onnx(tmp_path / "m.onnx"), recipe, given[:8], given[8:], tmp_path / "out", max_evaluations=0
+    )  # fmt: skip
+    assert made.met and made.integer_macs == 1.0
+    assert ("dynamic: 1 LSTM" in str(made)) and made.dynamic_nodes == 1
+    found = manifest.loads((tmp_path / "out" / "manifest.json").read_text(), "test")
+    assert found.pair_rule is False and found.exact_on == ()
+    rules = {each.rule for each in lint.check(tmp_path / "out" / "model.int8.onnx", PORTABLE)}
+    assert rules == {lint.PAIRS}
