@@ -253,7 +253,7 @@ def facts(target: Target) -> tuple[Fact, ...]:
     whole = "its kernels sum u8·s8 products in int32; -128 wraps in int16 on Cortex-A53 and A72, so no code is -128"
     dear = [op for op, cost in {**target.elementwise, **target.movers}.items() if cost.int8_ns > cost.float_ns]
     lstm = (
-        "; LSTM of 64 units and more, as many as the outputs bear: DynamicQuantizeLSTM"
+        "; LSTM of 32 thousand weights and more, as many as the outputs bear: DynamicQuantizeLSTM"
         if "LSTM" in target.dynamic
         else ""
     )
