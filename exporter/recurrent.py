@@ -90,10 +90,12 @@ def improve(
     def within(found: Drift) -> bool:
         return all(line.met for line in gate.limits(budget, found, 1.0, 0, 0))
 
-    asked = within(measured(()))
+    asked, alone = within(measured(())), dict[str, float]()
 
     def snr_db(chosen: Collection[str]) -> float:
         found = measured(chosen)
+        if len(chosen) == 1:
+            alone.update(dict.fromkeys(chosen, found.worst_snr_db))
         return found.worst_snr_db if not asked or within(found) else -math.inf
 
     borne = bear.most(names, snr_db, aim_db - WORTH_DB)
@@ -103,7 +105,7 @@ def improve(
     after = borne.after_db if layers == borne.chosen else snr_db(layers)
     more = f", and those of {len(layers) - 1} more," if len(layers) > 1 else ""
     reason = f"its products in integers{more} take the outputs from {borne.before_db:.1f} to {after:.1f} dB"
-    refused = {name: f"its products in integers cost too much, SNR {db:.1f} dB" for name, db in borne.alone_db.items()}
+    refused = {name: f"its products in integers cost too much, SNR {db:.1f} dB" for name, db in alone.items()}
 
     def decided(each: Decision) -> Decision:
         if each.node in layers:
