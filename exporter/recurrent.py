@@ -74,7 +74,7 @@ def improve(
         batches: calibration batches to compare on.
         aim_db: of the search. Outputs bear WORTH_DB less: half a decibel a percent is what a search pays, and these save tens.
         budget: limits on drift; outputs that are within them stay so.
-        accepts: see `search.Goal`; where it refuses, those that do most harm are float again, one by one.
+        accepts: see `search.Goal`; where it refuses, the last are float again, one by one.
     """
     if not names:
         return Laid(int8=int8, plan=plan, layers=())
