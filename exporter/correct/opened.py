@@ -135,7 +135,7 @@ def _open(model: ir.Model, names: Collection[str], shapes: Mapping[str, Shape]) 
         slope = edit.initializer(clone, f"{name}_slope", np.full((channels, 1, 1, 1), alpha, np.float32))
         offset = edit.initializer(clone, f"{name}_offset", np.full(channels, beta, np.float32))
         taken = {each.name for each in clone.graph}
-        its = next(each for each in (f"{name}_line", *(f"{name}_line_{i}" for i in count(1))) if each not in taken)
+        its = next(each for i in count() if (each := f"{name}_line" + f"_{i}" * (i > 0)) not in taken)
         conv = ir.node("Conv", [x, slope, offset], {"group": channels, "kernel_shape": [1, 1]}, name=its)
         line = conv.outputs[0]
         line.name, line.type, line.shape = edit.free_name(clone, f"{y.name}_line"), x.type, x.shape

@@ -103,3 +103,23 @@ def test_target_without_a_depthwise_kernel_opens_none() -> None:
 def test_channels_that_are_alike_gain_nothing() -> None:
     alike = {"w": graphs.noise(1, 16, 8, 3, 3) / 8, "v": graphs.noise(2, 6, 16, 1, 1)}
     assert improve(graphs.model(HARD, alike)) is None
+
+
+def test_line_takes_a_name_that_is_free() -> None:
+    named = HARD.replace("[second]", "[gate_line] t = Identity(s)\n [second]").replace("Conv(s, v)", "Conv(t, v)")
+    found = improve(graphs.model(named, WEIGHTS))
+    assert found is not None
+    assert [d.node for d in found.plan.decisions].count("gate_line_1") == 1
+
+
+def test_one_scale_for_all_channels_opens_nothing() -> None:
+    """Of one output channel, laid along H by a Transpose: no slope may have the size of a batch."""
+    text = """(float[N,8,9,9] x) => (float[N,6,9,1] y) {
+        [first] a = Conv<pads=[1,1,1,1]>(x, w)
+        [turn] b = Transpose<perm=[0,2,3,1]>(a)
+        [gate] g = HardSigmoid<alpha=0.16666667, beta=0.5>(b)
+        [swish] s = Mul(b, g)
+        [second] y = Conv(s, v)
+    }"""
+    model = graphs.model(text, {"w": graphs.noise(1, 1, 8, 3, 3), "v": graphs.noise(2, 6, 9, 1, 1)})
+    assert improve(model) is None
