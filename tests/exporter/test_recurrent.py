@@ -114,7 +114,9 @@ def test_layer_that_outputs_do_not_bear_stays_float() -> None:
     found = improve(graphs.model(TWO, bad), batches=given)
     assert found.layers == ("second",)
     first = next(d for d in found.plan.decisions if d.node == "first")
-    assert first.precision == "float" and re.search(r"its products in integers cost too much, SNR -?\d+\.\d dB", first.reason)
+    assert first.precision == "float" and re.search(
+        r"its products in integers cost too much, SNR -?\d+\.\d dB", first.reason
+    )
 
 
 @pytest.mark.parametrize(

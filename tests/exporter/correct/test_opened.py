@@ -112,14 +112,16 @@ def test_line_takes_a_name_that_is_free() -> None:
     assert [d.node for d in found.plan.decisions].count("gate_line_1") == 1
 
 
-def test_one_scale_for_all_channels_opens_nothing() -> None:
-    """Of one output channel, laid along H by a Transpose: no slope may have the size of a batch."""
-    text = """(float[N,8,9,9] x) => (float[N,6,9,1] y) {
-        [first] a = Conv<pads=[1,1,1,1]>(x, w)
-        [turn] b = Transpose<perm=[0,2,3,1]>(a)
-        [gate] g = HardSigmoid<alpha=0.16666667, beta=0.5>(b)
-        [swish] s = Mul(b, g)
-        [second] y = Conv(s, v)
-    }"""
-    model = graphs.model(text, {"w": graphs.noise(1, 1, 8, 3, 3), "v": graphs.noise(2, 6, 9, 1, 1)})
-    assert improve(model) is None
+def test_slopes_are_of_channels_and_never_of_a_size_of_the_batch() -> None:
+    """One output channel behind a Transpose: its second axis is H, of which other batches have more."""
+    more = """    [other] m = Conv<pads=[1,1,1,1]>(x, u)
+    [turn] n = Transpose<perm=[0,2,3,1]>(m)
+    [gate2] k = Sigmoid(n)
+    [silu] q = Mul(n, k)
+    [back] p = Transpose<perm=[0,3,1,2]>(q)
+    [third] z = Conv(p, t)
+}"""
+    text = HARD.replace("float[N,6,9,9] y)", "float[N,6,9,9] y, float[N,6,9,9] z)").removesuffix("}") + more
+    weights = WEIGHTS | {"u": graphs.noise(3, 1, 8, 3, 3) / 8, "t": graphs.noise(4, 6, 1, 1, 1)}
+    found = improve(graphs.model(text, weights), Sigmoid="int8", Mul="int8", Transpose="int8", HardSigmoid="int8")
+    assert found is not None and found.names == ("gate",)
