@@ -148,7 +148,7 @@ def ratio(
     """Time of the other model over that of the first: medians in turn for about so many of the CPU's seconds, on one thread.
 
     Both run as they would ship (`products.ready`). Short ones are opened several times: where a session's memory lies decides as
-    much as a tenth of so little. One R-Net in int8 took .97 of FP32's time in six of eight sessions, 1.04 and 1.14 in two.
+    much as a tenth of so little. FP32 took .97 of the time of one R-Net in int8 in six of eight sessions, 1.04 and 1.14 in two.
 
     entries: the other's session entries; None are the target's, with which the first runs.
     """
