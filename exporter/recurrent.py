@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import onnx_ir as ir
@@ -84,7 +85,8 @@ def improve(
         lay(clone, chosen)
         return clone
 
-    def measured(chosen: Collection[str]) -> Drift:
+    @cache
+    def measured(chosen: tuple[str, ...]) -> Drift:
         return drift.measure(zip(expected, map(graph.runner(made(chosen)), batches), strict=True))
 
     def within(found: Drift) -> bool:
@@ -93,7 +95,7 @@ def improve(
     asked, alone = within(measured(())), dict[str, float]()
 
     def snr_db(chosen: Collection[str]) -> float:
-        found = measured(chosen)
+        found = measured(tuple(chosen))
         if len(chosen) == 1:
             alone.update(dict.fromkeys(chosen, found.worst_snr_db))
         return found.worst_snr_db if not asked or within(found) else -math.inf

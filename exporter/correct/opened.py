@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 
 import numpy as np
 import onnx_ir as ir
@@ -134,8 +133,7 @@ def _open(model: ir.Model, names: Collection[str], shapes: Mapping[str, Shape]) 
         channels = shapes[x.name or ""][1]
         slope = edit.initializer(clone, f"{name}_slope", np.full((channels, 1, 1, 1), alpha, np.float32))
         offset = edit.initializer(clone, f"{name}_offset", np.full(channels, beta, np.float32))
-        taken = {each.name for each in clone.graph}
-        its = next(each for i in count() if (each := f"{name}_line" + f"_{i}" * (i > 0)) not in taken)
+        its = edit.unused(f"{name}_line", {each.name for each in clone.graph})
         conv = ir.node("Conv", [x, slope, offset], {"group": channels, "kernel_shape": [1, 1]}, name=its)
         line = conv.outputs[0]
         line.name, line.type, line.shape = edit.free_name(clone, f"{y.name}_line"), x.type, x.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -32,6 +32,11 @@ def free_name(model: ir.Model, name: str) -> str:
     # others neither are the name, with or without a number, nor have it as a stem
     names = {value.name for value in tensors(model) if value.name is not None and value.name.startswith(name)}
     taken = names | {stem for each in names for stem in stems(each)}
+    return unused(name, taken)
+
+
+def unused(name: str, taken: Collection[str | None]) -> str:
+    """`name`, or the first of `name_1`, `name_2`... that is not taken."""
     return next(each for each in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if each not in taken)
 
 

@@ -16,21 +16,16 @@ from exporter.search.score import OPENED_NS
 from exporter.target import X86_VNNI
 from runtime.manifest import Budget
 from tests.exporter import graphs
+from tests.exporter.correct.test_opened import HARD
 from tests.exporter.search.test_find import problem
 
 LINE_MACS = 200_000
 GOAL = Goal(budget=Budget(), aim_snr_db=60.0, max_slower=10.0)
-SWISH = """(float[N,8,9,9] x) => (float[N,6,9,9] y) {
-    [first] a = Conv<pads=[1,1,1,1]>(x, w)
-    [gate] g = HardSigmoid<alpha=0.16666667, beta=0.5>(a)
-    [swish] s = Mul(a, g)
-    [second] y = Conv(s, v)
-}"""
 
 
 def opening(asked: list[Plan]) -> Callable[[Plan], Opened]:
     """Gates whose opening rounds nothing any more: the int8 graph of such a plan is the float one."""
-    model = graphs.model(SWISH, {"w": graphs.noise(1, 8, 8, 3, 3), "v": graphs.noise(2, 6, 8, 1, 1)})
+    model = graphs.model(HARD, {"w": graphs.noise(1, 8, 8, 3, 3), "v": graphs.noise(2, 6, 8, 1, 1)})
     batches = [{"x": graphs.noise(seed, 2, 8, 9, 9)} for seed in range(4)]
     plan, ranges = graphs.planned(model, *batches)
     means = {("x", 1): graphs.noise(3, 8), ("s", 1): graphs.noise(4, 8)}
