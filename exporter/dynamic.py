@@ -117,8 +117,7 @@ def _replace(model: ir.Model, node: ir.Node, codes: ir.Node, weight: ir.Value, s
     new = [product, cast, scales, real]
     bias = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is not None:
-        given = node.inputs[2] if bias.ndim == 1 else edit.initializer(model, f"{name}_bias", bias.reshape(-1))
-        new.append(ir.node("Add", [real.outputs[0], given], name=f"{name}_dynamic_bias"))
+        new.append(ir.node("Add", [real.outputs[0], node.inputs[2]], name=f"{name}_dynamic_bias"))
     for each, part in zip(new, ("sums", "cast", "scales", "real", "biased"), strict=False):
         value = each.outputs[0]
         value.name = edit.free_name(model, f"{before.name}_dynamic_{part}")

@@ -262,7 +262,7 @@ def _layer_refusal(node: ir.Node, weight: Array | None) -> str:
     if scaled or node.attributes.get_int("transA", 0) == 1:
         return "the integer kernel takes alpha = beta = 1 and A as it is"
     columns = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
-    if bias is not None and graph.constant(bias).shape not in ((columns,), (1, columns)):  # type: ignore[union-attr]
+    if bias is not None and graph.constant(bias).shape != (columns,):  # type: ignore[union-attr]
         return "its bias is not one number per column"
     return ""
 

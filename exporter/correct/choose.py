@@ -133,7 +133,8 @@ def improve(
     best = _better("bias", best, measured(best.rounded, shifted=True), tried)
     best = _better("scale", best, either(rounding.at_best_scale(ground.model, plan, pair_rule=pairs)), tried)
     if seen:
-        best = _better("gptq", best, either(gptq.rounded(ground.model, plan, seen, pair_rule=pairs)), tried)
+        fitted = {**plain, **gptq.rounded(ground.model, plan, seen, pair_rule=pairs)}  # of layers that saw inputs
+        best = _better("gptq", best, either(fitted), tried)
     if best is not first:
         int8 = quantize.to_int8(corrected(best.rounded, best.shifted), plan, ground.ranges, best.rounded)
     pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(int8))

@@ -19,6 +19,10 @@ x is a column of what Conv multiplies by its kernel (im2col), per group, in the 
 is a bound: the second code of a pair may have what the first has left of it. H needs more inputs than K columns, and
 not all: POSITIONS of them, spread over the batches and over each batch's positions.
 
+H grows with K squared. Where that is more than HELD_BYTES, or WORK_BYTES while it is factored, H is cut to blocks along its
+diagonal: neighbours in the kernel's order still make up for each other, and pairs are never cut. A layer whose blocks would have
+fewer than LEAST_COLUMNS keeps the codes that it has.
+
 Source: Frantar et al. 2022, arXiv 2210.17323.
 """
 
@@ -27,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,26 +45,33 @@ from exporter.qparams import LARGEST, PAIR_LIMIT, Rounded
 POSITIONS = 8192  # inputs of a layer that make its H; or PER_COLUMN times K, if that is more
 PER_COLUMN = 6
 DAMPING = 0.03
+MORE_DAMPING = (1, 10, 100, 1000)  # times DAMPING, one after the other, until H has a factor
 BLOCK = 32  # columns whose effect on all later ones is one matrix product
-HELD_BYTES = 256 << 20  # of H at once; layers beyond it wait for another pass over the batches
-CHUNK = 1024  # inputs that are multiplied at once
+HELD_BYTES = 256 << 20  # of H at once, float32; layers beyond it wait for another pass over the batches
+WORK_BYTES = 256 << 20  # of what is factored at once, float64, of which five are held
+SLICE_BYTES = 64 << 20  # of inputs at once
+LEAST_COLUMNS = 32
+CHUNK = 1024  # inputs that are multiplied at once, as far as they are within SLICE_BYTES
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moments:
-    """What a layer's inputs are like: second E[x x'] float32 [groups, K, K], mean E[x] float64 [groups, K]."""
+    """What some columns of a layer's inputs are like: covariance float32 [groups, K, K], mean E[x] float64 [groups, K]."""
 
-    second: Array
+    covariance: Array
     mean: Array
 
     @property
-    def covariance(self) -> Array:
-        return np.asarray(self.second - self.mean[:, :, None] * self.mean[:, None, :])
+    def second(self) -> Array:
+        """E[x x'], float32 [groups, K, K]; infinite where float32 does not hold it."""
+        mean = self.mean.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(self.covariance + mean[:, :, None] * mean[:, None, :])
 
 
 def rounded(model: ir.Model, plan: Plan, batches: Sequence[Batch], *, pair_rule: bool) -> dict[str, Rounded]:
-    """{weight initializer: its codes} of every int8 layer; the scale of a channel is that of `rounding.fit`.
+    """{weight initializer: its codes} of every int8 layer that saw inputs; the scale of a channel is that of `rounding.fit`.
 
     Args:
         model: the prepared graph.
@@ -70,12 +82,13 @@ def rounded(model: ir.Model, plan: Plan, batches: Sequence[Batch], *, pair_rule:
     found: dict[str, Rounded] = {}
     for part in _parts(model, plan):
         for layer, seen in zip(part, _observed(model, part, batches), strict=True):
-            if seen is None:
+            if not seen:
                 continue
             node, array = layer.nodes[0], layer.array
             keep = pair_rule and not all(graph.is_depthwise(array.shape, _groups(each)) for each in layer.nodes)
-            second = seen.covariance if all(map(bias.is_correctable, layer.nodes)) else seen.second
-            codes, scale = fit(rounding.in_kernel_order(node, array), second, keep)
+            by_bias = all(map(bias.is_correctable, layer.nodes))
+            blocks = [each.covariance if by_bias else each.second for each in seen]
+            codes, scale = fit(rounding.in_kernel_order(node, array), blocks, keep)
             found[layer.name] = Rounded(
                 codes=rounding.from_kernel_order(node, codes, array.shape),
                 scale=scale,
@@ -84,37 +97,61 @@ def rounded(model: ir.Model, plan: Plan, batches: Sequence[Batch], *, pair_rule:
     return found
 
 
-def fit(rows: Array, second: Array, pair_rule: bool) -> tuple[Array, Array]:
+def fit(rows: Array, blocks: Sequence[Array], pair_rule: bool) -> tuple[Array, Array]:
     """Codes and scales of a weight.
 
     Args:
         rows: float32 [channels, K] in the kernel's order; the channels of a group stand together.
-        second: H, [groups, K, K].
+        blocks: H, [groups, K, K], or what stands along its diagonal, [groups, K_i, K_i] with Σ K_i = K, all but the last even.
         pair_rule: whether the codes must keep it.
 
     Returns:
-        codes int8 [channels, K] in -127..127, scale float32 [channels]. No channel has more of e' (H + λ I) e than the
-        codes of `rounding.fit`, which it has instead if it had.
+        codes int8 [channels, K] in -127..127, scale float32 [channels]. No channel has more of e' (H + λ I) e in a block than
+        the codes of `rounding.fit`, which it has instead if it had, or where H has no factor.
     """
-    groups, columns, _ = second.shape
-    plain, scale = rounding.fit(rows, pair_rule)
-    shape = (groups, len(rows) // groups, columns)
-    weight, unit = rows.reshape(shape).astype(np.float64), scale.reshape(shape[:2]).astype(np.float64)
+    codes, scale = rounding.fit(rows, pair_rule)
+    groups = len(blocks[0])
+    weight, found = (each.reshape(groups, len(rows) // groups, -1) for each in (rows, codes))
+    unit = scale.reshape(weight.shape[:2]).astype(np.float64)
+    first = 0
+    for second in blocks:
+        at = slice(first, first + second.shape[1])
+        step = max(1, WORK_BYTES // (8 * second.shape[1] ** 2))
+        for group in range(0, groups, step):
+            some = slice(group, group + step)
+            found[some, :, at] = _fit(weight[some, :, at], found[some, :, at], unit[some], second[some], pair_rule)
+        first = at.stop
+    return codes, scale
+
+
+def _fit(weight: Array, nearest: Array, unit: Array, second: Array, pair_rule: bool) -> Array:
+    """Codes of one block, [groups, channels of a group, K]."""
+    exact, plain = weight.astype(np.float64), nearest.astype(np.float64)
     factor = _factor(second)
-    codes = _nearest_plane(weight, factor, unit, pair_rule)
-    nearest = plain.reshape(shape).astype(np.float64)
-    worse = _error(weight, codes, unit, factor) > _error(weight, nearest, unit, factor)
-    codes[worse] = nearest[worse]
-    return codes.reshape(rows.shape).astype(np.int8), scale
+    codes = _nearest_plane(exact, factor, unit, pair_rule)
+    # what is no number is worse, too
+    better = _error(exact, codes, unit, factor) <= _error(exact, plain, unit, factor)
+    return np.where(better[:, :, None], codes, plain).astype(np.int8)
 
 
 def _factor(second: Array) -> Array:
-    """A, lower triangular with H + λ I = A' A, float64 [groups, K, K]; I for a group that has seen nothing."""
+    """A, lower triangular with H + λ I = A' A, float64 [groups, K, K].
+
+    I for a group that has seen nothing, whose H holds no numbers, or has no factor with all of MORE_DAMPING.
+    """
     damped = np.array(second, np.float64)
+    damped[~np.isfinite(damped).all(axis=(1, 2))] = 0
     diagonal = np.arange(damped.shape[1])
     mean = damped[:, diagonal, diagonal].mean(axis=1, keepdims=True)
-    damped[:, diagonal, diagonal] += np.where(mean > 0, DAMPING * mean, 1)
-    return np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1].transpose(0, 2, 1)
+    at_first = damped[:, diagonal, diagonal]
+    for more in MORE_DAMPING:
+        damped[:, diagonal, diagonal] = at_first + np.where(mean > 0, DAMPING * more * mean, 1)
+        try:
+            return np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1].transpose(0, 2, 1)
+        except np.linalg.LinAlgError:
+            if len(damped) > 1:  # each by itself
+                return np.concatenate([_factor(each[None]) for each in second])
+    return np.eye(damped.shape[1])[None]
 
 
 def _error(weight: Array, codes: Array, unit: Array, factor: Array) -> Array:
@@ -149,15 +186,37 @@ def _left(neighbour: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Layer:
-    """A weight and the nodes that read it, which sum over it in one order (`place` sees to that)."""
+    """A weight and the nodes that read it, which sum over it in one order (`place` sees to that).
+
+    ends: of the blocks of its H; empty where they would be too small.
+    """
 
     name: str
     array: Array
     nodes: tuple[ir.Node, ...]
+    ends: tuple[int, ...]
 
     @property
-    def columns(self) -> int:
-        return int(rounding.in_kernel_order(self.nodes[0], self.array).shape[1])
+    def held_bytes(self) -> int:
+        """Of its H."""
+        sizes = np.diff((0, *self.ends)).astype(np.int64)
+        return 4 * _groups(self.nodes[0]) * int((sizes**2).sum())
+
+    @property
+    def positions(self) -> int:
+        """Inputs that make its H."""
+        return max(POSITIONS, PER_COLUMN * int(np.diff((0, *self.ends)).max()))
+
+
+def blocks(columns: int, groups: int) -> tuple[int, ...]:
+    """Where the blocks of H end, in columns: one, or the fewest within the budgets, and all but the last of an even size."""
+    most = min(math.isqrt(WORK_BYTES // 8), HELD_BYTES // (4 * groups * columns))
+    if columns <= most:
+        return (columns,)
+    if most < LEAST_COLUMNS:
+        return ()
+    size = -(-columns // -(-columns // (most // 2 * 2)) // 2) * 2
+    return (*range(size, columns, size), columns)
 
 
 def _parts(model: ir.Model, plan: Plan) -> Iterator[list[_Layer]]:
@@ -166,19 +225,23 @@ def _parts(model: ir.Model, plan: Plan) -> Iterator[list[_Layer]]:
     arrays: dict[str, Array] = {}
     for node, _, weight in layers.weighted(model, plan):
         array, name = graph.constant(weight), weight.name or ""
-        if array is not None:
+        if array is not None and array.size:
             readers.setdefault(name, []).append(node)
             arrays[name] = array
     part: list[_Layer] = []
     held = 0
     for name, nodes in readers.items():
-        layer = _Layer(name=name, array=arrays[name], nodes=tuple(nodes))
-        size = 4 * _groups(nodes[0]) * layer.columns**2
-        if part and held + size > HELD_BYTES:
+        columns = rounding.in_kernel_order(nodes[0], arrays[name]).shape[1]
+        layer = _Layer(
+            name=name, array=arrays[name], nodes=tuple(nodes), ends=blocks(columns, max(map(_groups, nodes)))
+        )
+        if not layer.ends:
+            continue
+        if part and held + layer.held_bytes > HELD_BYTES:
             yield part
             part, held = [], 0
         part.append(layer)
-        held += size
+        held += layer.held_bytes
     if part:
         yield part
 
@@ -187,84 +250,114 @@ def _groups(node: ir.Node) -> int:
     return node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
 
 
-def _observed(model: ir.Model, part: Sequence[_Layer], batches: Sequence[Batch]) -> list[Moments | None]:
-    """The moments of each layer's inputs, None for one that saw none. One run of FP32 over the batches."""
+def _observed(model: ir.Model, part: Sequence[_Layer], batches: Sequence[Batch]) -> list[list[Moments]]:
+    """The moments of each layer's inputs, of its blocks; none of one that saw none. One run of FP32 over the batches."""
     reads = [
         (node, node.inputs[0].name or "", i) for i, each in enumerate(part) for node in each.nodes if node.inputs[0]
     ]
     given = {value.name for value in model.graph.inputs}
     wanted = [name for name in dict.fromkeys(name for _, name, _ in reads) if name not in given]
     run = graph.runner(graph.with_outputs(model, wanted)) if wanted else None
-    most = [math.ceil(max(POSITIONS, PER_COLUMN * each.columns) / len(batches)) for each in part]
-    sums = [_Sums() for _ in part]
+    most = [math.ceil(each.positions / len(batches)) for each in part]
+    sums = [_Sums(each.ends) for each in part]
     for number, batch in enumerate(batches):
         made = {**batch, **(run(batch) if run is not None else {})}
         for node, name, i in reads:
-            sums[i].add(columns(node, made[name], part[i].array.shape, most[i], number))
+            for inputs in columns(node, made[name], part[i].array.shape, most[i], number):
+                sums[i].add(inputs)
     return [each.result() for each in sums]
 
 
 class _Sums:
-    """Sums of x x' and x over inputs that come in parts; the parts are held until they make a matrix worth multiplying."""
+    """Sums of (x - E[x])(x - E[x])' and x over inputs that come in parts, which are held until they are worth multiplying.
 
-    def __init__(self) -> None:
+    Each part is taken about its own mean: of x x' float32 keeps nothing that is small beside E[x]². Two of n and m inputs with
+    means that differ by d make one by  S = S_n + S_m + d d' n m / (n + m)  (Chan, Golub and LeVeque 1979).
+    """
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        self.at = [slice(*each) for each in zip((0, *ends), ends, strict=False)]
         self.parts: list[Array] = []
         self.count = self.waiting = 0
-        self.second: Array | None = None
+        self.sums: list[Array] = []
         self.mean: Array | None = None
 
     def add(self, inputs: Array) -> None:
         self.parts.append(inputs)
         self.waiting += inputs.shape[1]
-        if self.waiting >= CHUNK:
+        if self.waiting >= CHUNK or sum(each.nbytes for each in self.parts) >= SLICE_BYTES:
             self._multiply()
 
-    def result(self) -> Moments | None:
+    def result(self) -> list[Moments]:
         self._multiply()
-        if self.second is None or self.mean is None:
-            return None
-        return Moments(second=self.second / np.float32(self.count), mean=self.mean / self.count)
+        if self.mean is None:
+            return []
+        return [
+            Moments(covariance=sums / np.float32(self.count), mean=self.mean[:, at])
+            for sums, at in zip(self.sums, self.at, strict=True)
+        ]
 
     def _multiply(self) -> None:
         if not self.waiting:
             return
         inputs = np.concatenate(self.parts, axis=1)
-        second, mean = inputs.transpose(0, 2, 1) @ inputs, inputs.sum(axis=1, dtype=np.float64)
-        self.second = second if self.second is None else np.add(self.second, second, out=self.second)
-        self.mean = mean if self.mean is None else self.mean + mean
+        mean = inputs.mean(axis=1, dtype=np.float64)
+        inputs -= mean[:, None].astype(np.float32)
+        weight = self.count * self.waiting / (self.count + self.waiting)
+        moved = np.zeros_like(mean) if self.mean is None else mean - self.mean
+        left, right = (weight * moved).astype(np.float32), moved.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # `_factor` says what becomes of it
+            for number, at in enumerate(self.at):
+                part = inputs[:, :, at]
+                sums = part.transpose(0, 2, 1) @ part
+                if self.mean is None:
+                    self.sums.append(sums)
+                else:
+                    sums += left[:, at, None] * right[:, None, at]
+                    self.sums[number] += sums
         self.count += self.waiting
+        self.mean = mean if self.mean is None else self.mean + moved * (self.waiting / self.count)
         self.parts, self.waiting = [], 0
 
 
-def columns(node: ir.Node, x: Array, weight: tuple[int, ...], most: int, number: int) -> Array:
-    """What the layer multiplies by its rows: float32 [groups, count <= most, K], in the kernel's order of K.
+def columns(node: ir.Node, x: Array, weight: tuple[int, ...], most: int, number: int) -> Iterator[Array]:
+    """What the layer multiplies by its rows: float32 [groups, positions, K], in the kernel's order of K, SLICE_BYTES at once.
 
     Args:
         node: Conv, Gemm or MatMul.
-        x: its first input, in one batch.
+        x: its first input, in one batch; nothing comes of one without elements.
         weight: the shape of its weight.
         most: positions are numbers frac(i · golden ratio) of their count, which lie evenly wherever one stops; all of them
             if there are no more.
         number: of the batch: another sends the sequence to other positions.
     """
+    if not x.size:
+        return
     if node.op_type != "Conv":
         flat = x.reshape(-1, x.shape[-1])
-        return flat[None, _spread(len(flat), most, number)]
-    kernel, axes = weight[2:], len(weight) - 2
+        for at in _sliced(_spread(len(flat), most, number), flat.shape[1]):
+            yield flat[None, at]
+        return
+    kernel, axes, groups = weight[2:], len(weight) - 2, _groups(node)
     strides, dilations = (node.attributes.get_ints(name, [1] * axes) for name in ("strides", "dilations"))
     pads = _pads(node, x.shape[2:], kernel, strides, dilations)
     padded = np.pad(x, [(0, 0), (0, 0), *pads])
-    reach = [dilation * (size - 1) for dilation, size in zip(dilations, kernel, strict=True)]
-    counts = [(size - r - 1) // stride + 1 for size, r, stride in zip(padded.shape[2:], reach, strides, strict=True)]
-    at = np.unravel_index(_spread(len(x) * math.prod(counts), most, number), (len(x), *counts))
-    corner = [place * stride for place, stride in zip(at[1:], strides, strict=True)]
-    taps = []
-    for tap in np.ndindex(*kernel):
-        places = [c + t * dilation for c, t, dilation in zip(corner, tap, dilations, strict=True)]
-        taps.append(padded[(at[0], slice(None), *places)])
-    groups = _groups(node)
-    found = np.stack(taps, axis=1).reshape(len(at[0]), len(taps), groups, -1)
-    return np.ascontiguousarray(found.transpose(2, 0, 1, 3)).reshape(groups, len(at[0]), -1)
+    reach = [dilation * (size - 1) + 1 for dilation, size in zip(dilations, kernel, strict=True)]
+    windows: Any = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + axes)))
+    windows = windows[(..., *(slice(None, None, dilation) for dilation in dilations))]
+    counts = [(size - 1) // stride + 1 for size, stride in zip(windows.shape[2 : 2 + axes], strides, strict=True)]
+    for at in _sliced(_spread(len(x) * math.prod(counts), most, number), x.shape[1] * math.prod(kernel)):
+        first, *places = np.unravel_index(at, (len(x), *counts))
+        corner = [place * stride for place, stride in zip(places, strides, strict=True)]
+        found = windows[(first, slice(None), *corner)].reshape(len(at), groups, weight[1], -1)
+        yield np.ascontiguousarray(found.transpose(1, 0, 3, 2)).reshape(groups, len(at), -1)
+
+
+def _sliced(positions: Array, values: int) -> Iterator[Array]:
+    """The positions, as many at once as have SLICE_BYTES of so many values each."""
+    step = max(1, SLICE_BYTES // (4 * values))
+    for first in range(0, len(positions), step):
+        yield positions[first : first + step]
 
 
 def _spread(count: int, most: int, number: int) -> Array:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from exporter import graph
 from exporter.batches import Array
-from exporter.prepare import edit
+from exporter.prepare import edit, gemm
 
 
 def rewrite(model: ir.Model) -> int:
@@ -32,11 +32,11 @@ def rewrite(model: ir.Model) -> int:
         if x not in rows:
             rows[x] = _rows(model, x, node)
         shift = edit.initializer(model, f"{node.name}_bias", bias)
-        gemm = ir.node("Gemm", [rows[x], weight, shift], name=f"{node.name}_gemm")
+        layer = ir.node("Gemm", [rows[x], weight, shift], name=f"{node.name}_gemm")
         before, shape = add.outputs[0], _shape(model, x, node, bias.size)
-        back = ir.node("Reshape", [gemm.outputs[0], shape], name=f"{node.name}_axes")
-        edit.replace(model, [node, add], [gemm, back], before, back.outputs[0])
-        gemm.outputs[0].name, gemm.outputs[0].dtype = edit.free_name(model, f"{node.name}_rows"), ir.DataType.FLOAT
+        back = ir.node("Reshape", [layer.outputs[0], shape], name=f"{node.name}_axes")
+        edit.replace(model, [node, add], [layer, back], before, back.outputs[0])
+        layer.outputs[0].name, layer.outputs[0].dtype = edit.free_name(model, f"{node.name}_rows"), ir.DataType.FLOAT
         matched += 1
     return matched
 
@@ -54,14 +54,8 @@ def _bias(node: ir.Node) -> tuple[ir.Node, Array] | None:
     if add.op_type != "Add" or add.graph is not node.graph:
         return None
     bias = graph.constant(add.inputs[1 - usage.idx])
-    if (
-        bias is None
-        or bias.size != weight.shape[1]
-        or bias.shape[-1:] != (weight.shape[1],)
-        or bias.ndim > len(x.shape)
-    ):
-        return None
-    return add, bias.reshape(-1)
+    shift = None if bias is None else gemm.per_column(bias, weight.shape[1], len(x.shape))
+    return None if shift is None else (add, shift)
 
 
 def _rows(model: ir.Model, x: ir.Value, reader: ir.Node) -> ir.Value:

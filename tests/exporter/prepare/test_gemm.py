@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from exporter import graph
 from exporter.prepare import gemm
@@ -69,4 +70,38 @@ def test_product_of_integers_is_left_alone() -> None:
         {"w": np.ones((5, 8), np.int32), "b": np.ones(8, np.int32)},
     )
     after, matched = graphs.rewritten(model, gemm.rewrite, {"x": np.arange(10, dtype=np.int32).reshape(2, 5)})
+    assert (matched, graphs.op_types(after)) == (0, ["MatMul", "Add"])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (8,), (1, 8)])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_bias_of_gemm_becomes_a_number_per_column(shape: tuple[int, ...], transposed: int) -> None:
+    model = graphs.model(
+        f"(float[N,5] x) => (float[N,8] y) {{ [g] y = Gemm <transB={transposed}> (x, w, b) }}",
+        {"w": np.ascontiguousarray(W.T) if transposed else W, "b": graphs.noise(2, *shape)},
+    )
+    after, matched = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5)})
+    assert matched == (shape != (8,))
+    np.testing.assert_array_equal(
+        graph.constant(after.graph[0].inputs[2]), np.broadcast_to(graphs.noise(2, *shape), (1, 8))[0]
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (8,), (1, 8)])
+def test_bias_of_any_shape_that_adds_one_number_per_column_goes_into_the_gemm(shape: tuple[int, ...]) -> None:
+    model = graphs.model(
+        "(float[N,5] x) => (float[N,8] y) { p = MatMul(x, w)\n y = Add(p, b) }", {"w": W, "b": graphs.noise(2, *shape)}
+    )
+    after, _ = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5)})
+    (node,) = after.graph
+    assert node.op_type == "Gemm" and graph.constant(node.inputs[2]).shape == (8,)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (4, 1), (4, 8)])
+def test_addend_that_makes_an_axis_or_varies_by_row_is_no_bias(shape: tuple[int, ...]) -> None:
+    output = "float[1,4,8]" if len(shape) == 3 else "float[4,8]"
+    model = graphs.model(
+        f"(float[4,5] x) => ({output} y) {{ p = MatMul(x, w)\n y = Add(p, b) }}", {"w": W, "b": graphs.noise(2, *shape)}
+    )
+    after, matched = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5)})
     assert (matched, graphs.op_types(after)) == (0, ["MatMul", "Add"])
