@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -93,9 +94,14 @@ def constant(value: ir.Value | None) -> Array | None:
     return value.const_value.numpy()
 
 
+def op(node: ir.Node) -> str:
+    """What the node computes: its op_type, or `domain.op_type` where another domain has borrowed the name of an ONNX operator."""
+    return f"{node.domain}.{node.op_type}" if node.domain and onnx.defs.has(node.op_type) else node.op_type
+
+
 def is_product(node: ir.Node | None) -> bool:
     """Whether a node is a MatMul of two activations, as in attention."""
-    return node is not None and node.op_type == "MatMul" and all(constant(each) is None for each in node.inputs)
+    return node is not None and op(node) == "MatMul" and all(constant(each) is None for each in node.inputs)
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
@@ -134,9 +140,9 @@ def unsquashed(model: ir.Model) -> ir.Model:
 def squashing(output: ir.Value) -> ir.Node | None:
     """The Softmax, LogSoftmax or Sigmoid that makes an output, also through a rounding; None where there is none."""
     node = output.producer()
-    while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear") and node.inputs[0] is not None:
+    while node is not None and op(node) in ("DequantizeLinear", "QuantizeLinear") and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node if node is not None and node.op_type in SQUASHING and not node.domain else None
+    return node if node is not None and op(node) in SQUASHING else None
 
 
 def shapes(model: ir.Model, batch: Batch) -> dict[str, Shape]:
@@ -163,16 +169,16 @@ def macs(node: ir.Node, shape: Mapping[str, Shape]) -> int:
     def elements(value: ir.Value | None) -> int:
         return math.prod(of(value))
 
-    if node.op_type == "Conv":
+    if op(node) == "Conv":
         return elements(node.outputs[0]) * math.prod(of(node.inputs[1])[1:])
-    if node.op_type == "ConvTranspose":
+    if op(node) == "ConvTranspose":
         return elements(node.inputs[0]) * math.prod(of(node.inputs[1])[1:])
-    if node.op_type == "MatMul":
+    if op(node) == "MatMul":
         return elements(node.outputs[0]) * (of(node.inputs[0]) or (0,))[-1]
-    if node.op_type == "Gemm":
+    if op(node) == "Gemm":
         k_axis = 0 if node.attributes.get_int("transA", 0) else 1
         return elements(node.outputs[0]) * of(node.inputs[0])[k_axis]
-    if node.op_type in ("LSTM", "GRU", "RNN"):
+    if op(node) in ("LSTM", "GRU", "RNN"):
         steps, batch = of(node.inputs[0])[:2]
         return steps * batch * math.prod(of(node.inputs[1])) + steps * batch * math.prod(of(node.inputs[2]))
     return 0

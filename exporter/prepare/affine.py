@@ -18,8 +18,8 @@ from exporter.prepare import edit
 
 
 def rewrite(model: ir.Model) -> int:
-    products = sum(_fold_product(model, node) for node in list(model.graph) if node.op_type == "Mul")
-    return products + sum(_fold_sum(model, node) for node in list(model.graph) if node.op_type == "Add")
+    products = sum(_fold_product(model, node) for node in list(model.graph) if graph.op(node) == "Mul")
+    return products + sum(_fold_sum(model, node) for node in list(model.graph) if graph.op(node) == "Add")
 
 
 def _fold_product(model: ir.Model, node: ir.Node) -> bool:
@@ -29,7 +29,7 @@ def _fold_product(model: ir.Model, node: ir.Node) -> bool:
     if x is None or factor == 0 or node.outputs[0].is_graph_output():
         return False
     constant = 0.0
-    if len(readers) == 1 and readers[0].op_type == "Add":
+    if len(readers) == 1 and graph.op(readers[0]) == "Add":
         step = readers[0]
         y, constant = _scalar(step)
         if y is None:
@@ -82,7 +82,7 @@ def _convs(node: ir.Node) -> tuple[ir.Node, ...]:
     """The readers of a node's output, where all are Conv that read it as data and have constant weight and bias."""
     value, readers = node.outputs[0], graph.consumers(node.outputs[0])
     plain = not value.is_graph_output() and all(
-        reader.op_type == "Conv"
+        graph.op(reader) == "Conv"
         and reader.graph is node.graph
         and reader.inputs[0] is value
         and all(graph.constant(each) is not None for each in reader.inputs[1:] if each is not None)

@@ -26,7 +26,7 @@ FUSE = (
 
 def rewrite(model: ir.Model) -> int:
     matched = apply(model, FUSE)
-    while any(_fold_affine(model, node) for node in list(model.graph) if node.op_type in ("Mul", "Add")):
+    while any(_fold_affine(model, node) for node in list(model.graph) if graph.op(node) in ("Mul", "Add")):
         matched += 1
     return matched + sum(_to_depthwise(model, node) for node in list(model.graph))
 
@@ -37,7 +37,7 @@ def _fold_affine(model: ir.Model, node: ir.Node) -> bool:
     for value, other in pairs:
         conv = value.producer() if value is not None else None
         factor = graph.constant(other)
-        if conv is None or value is None or conv.op_type != "Conv" or factor is None or factor.dtype != np.float32:
+        if conv is None or value is None or graph.op(conv) != "Conv" or factor is None or factor.dtype != np.float32:
             continue
         weight = graph.constant(conv.inputs[1])
         bias = graph.constant(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else None
@@ -49,7 +49,7 @@ def _fold_affine(model: ir.Model, node: ir.Node) -> bool:
             continue
         if bias is None:
             bias = np.zeros(weight.shape[0], np.float32)
-        if node.op_type == "Mul":
+        if graph.op(node) == "Mul":
             weight = weight * per_channel.reshape(-1, *[1] * (weight.ndim - 1))
             bias = bias * per_channel
         else:
@@ -78,7 +78,7 @@ def _per_channel(factor: Array, channels: int, rank: int) -> Array | None:
 
 def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:
     """Rule 3, for one node."""
-    if node.op_type != "BatchNormalization" or len([out for out in node.outputs if out.uses()]) > 1:
+    if graph.op(node) != "BatchNormalization" or len([out for out in node.outputs if out.uses()]) > 1:
         return False
     x = node.inputs[0]
     scale, shift, mean, variance = (graph.constant(value) for value in node.inputs[1:5])

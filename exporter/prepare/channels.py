@@ -25,7 +25,7 @@ MOST_ZEROS = 50  # in the weights of one output
 
 
 def rewrite(model: ir.Model) -> int:
-    return sum(_fill(model, node) for node in list(model.graph) if node.op_type == "Conv")
+    return sum(_fill(model, node) for node in list(model.graph) if graph.op(node) == "Conv")
 
 
 def filled(channels: int) -> int:

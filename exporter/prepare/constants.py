@@ -15,6 +15,7 @@ import onnxscript.optimizer
 from onnx_ir.passes import common as passes
 from onnxscript.rewriter.rules import common as rules
 
+from exporter import graph
 from exporter.prepare.rules import apply
 
 SMALL = 262_144  # elements that may be stored whatever the weights' size: 1 MB in float32
@@ -69,7 +70,7 @@ def rewrite(model: ir.Model) -> int:
 
 def _drop_identity(model: ir.Model, node: ir.Node) -> bool:
     """Rule 2 for one Identity. One that joins two ends of the graph stays: each end has a name of its own."""
-    x, y = node.inputs[0] if node.op_type == "Identity" and not node.domain else None, node.outputs[0]
+    x, y = node.inputs[0] if graph.op(node) == "Identity" else None, node.outputs[0]
     is_output = y.is_graph_output()
     if x is None or (is_output and (x.is_graph_input() or x.is_graph_output() or x.is_initializer())):
         return False

@@ -32,7 +32,7 @@ def rewrite(model: ir.Model) -> int:
 
 
 def _to_subpixel(model: ir.Model, node: ir.Node) -> bool:
-    weight = graph.constant(node.inputs[1]) if node.op_type == "ConvTranspose" else None
+    weight = graph.constant(node.inputs[1]) if graph.op(node) == "ConvTranspose" else None
     if weight is None or weight.ndim != 4 or not graph.is_square(node) or "output_shape" in node.attributes:
         return False
     bias = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from exporter import graph
 from exporter.prepare import edit
 
 
@@ -64,4 +65,4 @@ def _identity(value: ir.Value, name: str) -> ir.Node:
 
 
 def _is_identity(node: ir.Node) -> bool:
-    return node.op_type == "Identity" and not node.domain
+    return graph.op(node) == "Identity"

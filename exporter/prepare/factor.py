@@ -20,7 +20,7 @@ CONSTANTS = {"Gemm": (1, 2), "MatMul": (1,)}  # inputs of a linear layer that ta
 
 
 def rewrite(model: ir.Model) -> int:
-    return sum(_fold(model, node) for node in list(model.graph) if node.op_type in ("Mul", "Div"))
+    return sum(_fold(model, node) for node in list(model.graph) if graph.op(node) in ("Mul", "Div"))
 
 
 def _fold(model: ir.Model, node: ir.Node) -> bool:
@@ -28,7 +28,7 @@ def _fold(model: ir.Model, node: ir.Node) -> bool:
     layer = _layer(x) if x is not None else None
     if x is None or layer is None or not (graph.is_product(x.producer()) or _feeds_product(node.outputs[0])):
         return False
-    for index in CONSTANTS[layer.op_type]:
+    for index in CONSTANTS[graph.op(layer)]:
         if index < len(layer.inputs) and layer.inputs[index] is not None:
             array = graph.constant(layer.inputs[index])
             assert array is not None
@@ -41,7 +41,7 @@ def _fold(model: ir.Model, node: ir.Node) -> bool:
 
 def _scaled(node: ir.Node) -> tuple[ir.Value | None, float]:
     """The tensor that a Mul or Div scales, alone reading it, and the factor; None where it does something else."""
-    places = (0, 1) if node.op_type == "Mul" else (0,)
+    places = (0, 1) if graph.op(node) == "Mul" else (0,)
     for index in places:
         x, array = node.inputs[index], graph.constant(node.inputs[1 - index])
         if x is None or x.shape is None or array is None or array.size != 1 or array.dtype != np.float32:
@@ -49,7 +49,7 @@ def _scaled(node: ir.Node) -> tuple[ir.Value | None, float]:
         value = float(array.reshape(()))
         alone = len(x.uses()) == 1 and not x.is_graph_output() and not node.outputs[0].is_graph_output()
         if alone and graph.constant(x) is None and array.ndim <= len(x.shape) and value:
-            return x, value if node.op_type == "Mul" else 1 / value
+            return x, value if graph.op(node) == "Mul" else 1 / value
     return None, 0.0
 
 
@@ -57,10 +57,10 @@ def _layer(value: ir.Value) -> ir.Node | None:
     """The linear layer with constant weight and bias that alone makes what is scaled."""
     node, inside = value.producer(), False
     while node is not None and not node.domain:
-        if node.op_type in CONSTANTS and not graph.is_product(node):
+        if graph.op(node) in CONSTANTS and not graph.is_product(node):
             known = all(graph.constant(each) is not None for each in node.inputs[1:] if each is not None)
             return node if known else None
-        if node.op_type not in graph.MOVES and (inside or not graph.is_product(node)):
+        if graph.op(node) not in graph.MOVES and (inside or not graph.is_product(node)):
             return None
         inside = inside or graph.is_product(node)
         before = node.inputs[0]
@@ -75,6 +75,6 @@ def _feeds_product(value: ir.Value) -> bool:
     readers = graph.consumers(value)
     return bool(readers) and all(
         graph.is_product(each)
-        or (each.op_type in graph.MOVES and not each.outputs[0].is_graph_output() and _feeds_product(each.outputs[0]))
+        or (graph.op(each) in graph.MOVES and not each.outputs[0].is_graph_output() and _feeds_product(each.outputs[0]))
         for each in readers
     )

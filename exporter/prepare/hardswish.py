@@ -45,7 +45,7 @@ RULES = tuple(
 
 def rewrite(model: ir.Model) -> int:
     fused = apply(model, RULES, commute=True)
-    return fused + sum(_split(model, node) for node in list(model.graph) if node.op_type == "HardSwish")
+    return fused + sum(_split(model, node) for node in list(model.graph) if graph.op(node) == "HardSwish")
 
 
 def _split(model: ir.Model, node: ir.Node) -> bool:

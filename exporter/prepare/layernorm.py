@@ -38,7 +38,7 @@ RULES = (_layer_norm.layer_normalization_rules[0], RewriteRule(_shifted, _with_b
 
 def rewrite(model: ir.Model) -> int:
     for node in model.graph:
-        if node.op_type == "ReduceMean":
+        if graph.op(node) == "ReduceMean":
             _spell_as_the_pattern_does(model, node)
     return apply(model, RULES, commute=True)
 

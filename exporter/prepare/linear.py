@@ -21,7 +21,7 @@ from exporter.prepare import edit, gemm
 def rewrite(model: ir.Model) -> int:
     rows: dict[ir.Value, ir.Value] = {}
     matched = 0
-    for node in [node for node in model.graph if node.op_type == "MatMul" and not node.domain]:
+    for node in [node for node in model.graph if graph.op(node) == "MatMul"]:
         found = _bias(node)
         if found is None:
             continue
@@ -51,7 +51,7 @@ def _bias(node: ir.Node) -> tuple[ir.Node, Array] | None:
         return None
     (usage,) = uses
     add = usage.node
-    if add.op_type != "Add" or add.graph is not node.graph:
+    if graph.op(add) != "Add" or add.graph is not node.graph:
         return None
     bias = graph.constant(add.inputs[1 - usage.idx])
     shift = None if bias is None else gemm.per_column(bias, weight.shape[1], len(x.shape))

@@ -30,7 +30,7 @@ def rewrite(model: ir.Model) -> int:
 
 
 def _to_pool(model: ir.Model, node: ir.Node) -> bool:
-    x = node.inputs[0] if node.op_type == "ReduceMean" else None
+    x = node.inputs[0] if graph.op(node) == "ReduceMean" else None
     axes = graph.constant(node.inputs[1]) if x is not None and len(node.inputs) > 1 else None
     if x is None or axes is None or x.shape is None or len(x.shape) < 3 or x.dtype != ir.DataType.FLOAT:
         return False
@@ -52,15 +52,15 @@ def _to_pool(model: ir.Model, node: ir.Node) -> bool:
 def _is_of_a_conv(x: ir.Value | None) -> bool:
     """Whether a Conv made it, with nothing behind but what works element by element or pools."""
     maker = x.producer() if x is not None else None
-    while maker is not None and maker.op_type in BEHIND_A_CONV and maker.inputs:
+    while maker is not None and graph.op(maker) in BEHIND_A_CONV and maker.inputs:
         x = maker.inputs[0]
         maker = x.producer() if x is not None else None
-    return maker is not None and maker.op_type == "Conv"
+    return maker is not None and graph.op(maker) == "Conv"
 
 
 def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:
     """Rule 3, for one node."""
-    x = node.inputs[0] if node.op_type == "AveragePool" else None
+    x = node.inputs[0] if graph.op(node) == "AveragePool" else None
     if x is None or x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[1], int):
         return False
     if x.dtype != ir.DataType.FLOAT:
@@ -70,7 +70,7 @@ def _to_depthwise(model: ir.Model, node: ir.Node) -> bool:
     uneven = attributes.get_int("ceil_mode", 0) == 1 or attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
     dilated = set(attributes.get_ints("dilations", [1])) != {1}
     makers = [x.producer()] if x.producer() is not None else []
-    neighbours = {each.op_type for each in (*makers, *graph.consumers(node.outputs[0])) if each is not None}
+    neighbours = {graph.op(each) for each in (*makers, *graph.consumers(node.outputs[0])) if each is not None}
     if padded or uneven or dilated or not neighbours & AROUND_A_POOL:
         return False
     channels, kernel = x.shape[1], attributes.get_ints("kernel_shape", [])

@@ -43,7 +43,7 @@ MOST = 1.25  # multiplications, of those with the channels filled
 
 
 def rewrite(model: ir.Model) -> int:
-    return sum(_to_blocks(model, node) for node in list(model.graph) if node.op_type == "Conv")
+    return sum(_to_blocks(model, node) for node in list(model.graph) if graph.op(node) == "Conv")
 
 
 def _to_blocks(model: ir.Model, node: ir.Node) -> bool:

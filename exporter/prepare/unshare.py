@@ -24,7 +24,7 @@ def rewrite(model: ir.Model) -> int:
         roles: dict[object, list[tuple[ir.Node, int]]] = defaultdict(list)
         for usage in value.uses():
             roles[_role(usage.node, usage.idx)].append((usage.node, usage.idx))
-        layered = any(node.op_type in LAYERS for readers in roles.values() for node, _ in readers)
+        layered = any(graph.op(node) in LAYERS for readers in roles.values() for node, _ in readers)
         if array is None or array.dtype.kind != "f" or len(roles) < 2 or not layered:
             continue
         for readers in list(roles.values())[1:]:
@@ -36,7 +36,7 @@ def rewrite(model: ir.Model) -> int:
 
 
 def _role(node: ir.Node, index: int) -> object:
-    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and index == 2:
+    if graph.op(node) in ("Conv", "ConvTranspose", "Gemm") and index == 2:
         return (node.name, index)
-    transposed = node.attributes.get_int("transB", 0) if node.op_type == "Gemm" else 0
-    return (node.op_type, index, transposed) if node.op_type in LAYERS else "elsewhere"
+    transposed = node.attributes.get_int("transB", 0) if graph.op(node) == "Gemm" else 0
+    return (graph.op(node), index, transposed) if graph.op(node) in LAYERS else "elsewhere"
