@@ -105,10 +105,10 @@ def is_product(node: ir.Node | None) -> bool:
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """A clone whose outputs are exactly the named tensors."""
+    """A clone whose outputs are exactly the named tensors: made by a node, given, or constant."""
     clone = model.clone()
     values = {value.name: value for node in clone.graph for value in node.outputs}
-    values |= {value.name: value for value in clone.graph.inputs}
+    values |= {value.name: value for value in (*clone.graph.initializers.values(), *clone.graph.inputs)}
     clone.graph.outputs[:] = [values[name] for name in names]
     return clone
 

@@ -143,6 +143,7 @@ def from_onnx(path: str | Path) -> Source:
             do="export the model again, or convert it with onnx.version_converter and check the result",
         )
     _require_ranks(model, path)
+    _forget_ends(model)
     _load_external(model, path)
     return Source(name=path.stem, model=model, inputs={}, outputs=(), dynamic={})
 
@@ -361,6 +362,31 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
             expected="the weights as they were saved",
             do="copy them again",
         ) from error
+
+
+def _forget_ends(model: onnx.ModelProto) -> None:
+    """Let an output that is an input or an initializer have that one's type; one with a map in it has none."""
+    graph = model.graph
+    ends = {
+        tensor.name: onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims) for tensor in graph.initializer
+    }
+    ends |= {value.name: value.type for value in graph.input}
+    for value in graph.output:
+        if value.name in ends:
+            value.type.CopyFrom(ends[value.name])
+        elif _holds_a_map(value.type):
+            value.ClearField("type")
+    outputs = {value.name for value in graph.output}
+    kept = [v for v in graph.value_info if v.name not in ends and v.name not in outputs and not _holds_a_map(v.type)]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def _holds_a_map(kind: onnx.TypeProto) -> bool:
+    inner = str(kind.WhichOneof("value"))
+    if inner in ("sequence_type", "optional_type"):
+        return _holds_a_map(getattr(kind, inner).elem_type)
+    return inner == "map_type"
 
 
 def _require_ranks(model: onnx.ModelProto, path: Path) -> None:

@@ -24,6 +24,7 @@ from exporter.prepare import (
     layernorm,
     linear,
     names,
+    observed,
     opset,
     pad,
     pool,
@@ -81,9 +82,16 @@ def to_quantizable(model: ir.Model, batch: Batch) -> Prepared:
     Raises:
         QuantizeError: a rewrite changed the outputs, or ONNX Runtime cannot run the graph. That is a fault of ours.
     """
-    expected = _run(model, batch, "the traced graph")
-    reference = _proved(model.clone(), CLEAN, expected, batch)[0]
-    rewritten, counts = _proved(reference.clone(), REWRITES, expected, batch)
+    given = model.clone()
+    try:
+        expected = observed.correct(given, batch)
+    except graph.RunError as error:
+        raise _refused("the traced graph", error) from error
+    reference = _proved(given, CLEAN, expected, batch)[0]
+    start = reference.clone()
+    observed.fill(start, batch)
+    rewritten, counts = _proved(start, REWRITES, expected, batch)
+    observed.fill(rewritten, batch)
     return Prepared(reference=reference, model=rewritten, rewrites=counts)
 
 
@@ -108,4 +116,8 @@ def _run(model: ir.Model, batch: Batch, what: str) -> Batch:
     try:
         return graph.runner(model)(batch)
     except graph.RunError as error:
-        raise QuantizeError(f"{what} does not run", found=str(error), expected="a graph ONNX Runtime runs") from error
+        raise _refused(what, error) from error
+
+
+def _refused(what: str, error: graph.RunError) -> QuantizeError:
+    return QuantizeError(f"{what} does not run", found=str(error), expected="a graph ONNX Runtime runs")

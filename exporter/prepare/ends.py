@@ -5,6 +5,7 @@
    between the input and the output, which have one name.
 3. Where an input or output x stands beside another called x_scale or the like, x is read or made through an Identity:
    x_scale is what the quantizer calls the scale of x.
+4. An output that is an initializer is made by an Identity over it: nodes that read it may take its codes instead.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ def rewrite(model: ir.Model) -> int:
     claimed = {stem for value in ends for stem in edit.stems(value.name)}
     matched = len(listed) - len(once)
     for value in ends:
-        if value.is_initializer():
-            continue
-        if value.is_graph_input() and (value in once or value.name in claimed):
+        if value.is_initializer() and not value.is_graph_input():
+            _copy_out(model, value)
+            matched += 1
+        elif value.is_graph_input() and (value in once or value.name in claimed):
             matched += _read_through_identity(model, value)
         elif value.name in claimed:
             matched += _make_through_identity(model, value)
@@ -55,6 +57,15 @@ def _make_through_identity(model: ir.Model, value: ir.Value) -> bool:
     model.graph.outputs[model.graph.outputs.index(value)] = copied.outputs[0]
     model.graph.insert_after(maker, copied)
     return True
+
+
+def _copy_out(model: ir.Model, value: ir.Value) -> None:
+    """Rule 4."""
+    name = value.name or ""
+    value.name = edit.free_name(model, f"{name}_value")
+    copied = _identity(value, name)
+    model.graph.outputs[model.graph.outputs.index(value)] = copied.outputs[0]
+    model.graph.append(copied)
 
 
 def _identity(value: ir.Value, name: str) -> ir.Node:

@@ -1,7 +1,8 @@
 """Give every node a name of its own, and take out what must not travel in a file.
 
 1. Doc strings and metadata (stack traces, source paths, module scopes of the tracer) are removed.
-2. A node without a name, or with a name already taken, is called after its first output.
+2. A node without a name, or with a name already taken, is called after its first output. Those in branches and bodies count:
+   a plan, a rule and ONNX Runtime's profile all know a node by its name alone.
    Line breaks and "|" in a name become "_": a node is one field of one line in plan.txt, whose fields "|" separates.
 3. A tensor `x_scale` beside a tensor `x` is renamed: it is what ONNX Runtime's quantizer calls the scale of x. So are
    the other names it makes up. Of two where one is an input or output of the graph, the other is renamed.
@@ -24,7 +25,7 @@ def rewrite(model: ir.Model) -> int:
     modified |= passes.NameFixPass()(model).modified
     model.producer_name, model.producer_version = "packlight", ""
     taken: set[str] = set()
-    for node in model.graph:
+    for node in [node for each in model.graphs() for node in each]:
         plain = ONE_FIELD.sub("_", node.name or "").strip()
         modified |= plain != (node.name or "")
         node.name = plain

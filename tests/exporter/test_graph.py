@@ -153,3 +153,11 @@ def test_unsquashed_looks_through_the_rounding_of_an_int8_output() -> None:
 def test_softmax_inside_the_network_stays() -> None:
     text = "(float[2,4] x) => (float[2,4] y) { [s] p = Softmax(x) [n] y = Neg(p) }"
     assert "Softmax" in graphs.op_types(graph.unsquashed(graphs.model(text)))
+
+
+def test_node_of_another_domain_is_not_the_operator_of_its_name() -> None:
+    assert graph.op(ir.node("Conv", [])) == "Conv"
+    assert graph.op(ir.node("Conv", [], domain="com.microsoft.nchwc")) == "com.microsoft.nchwc.Conv"
+    assert graph.op(ir.node("FusedConv", [], domain="com.microsoft")) == "FusedConv"
+    fused = ir.node("MatMul", [ir.val("a"), ir.val("b")], domain="own")
+    assert not graph.is_product(fused) and graph.macs(fused, {"a": (2, 3), "b": (3, 4)}) == 0

@@ -66,3 +66,24 @@ def test_input_and_output_beside_one_called_as_their_scale_stand_behind_an_ident
     expected, found = graph.runner(made.model)(batch), graph.runner(int8)(batch)
     for name, value in expected.items():
         assert np.abs(found[name] - value).max() < 0.05 * np.abs(value).max()
+
+
+def test_weight_that_is_an_output_is_copied_to_it_and_stays_a_weight() -> None:
+    model = graphs.model("(float[N,3,6,6] x) => (float[N,8,4,4] y, float[8,3,3,3] w) { [c] y = Conv(x, w) }", W)
+    made = prepare.to_quantizable(model, X)
+    plan, ranges = graphs.planned(made.model, X)
+    int8 = quantize.to_int8(made.model, plan, ranges)
+    assert graphs.precisions(plan)["c"] == "int8"
+    assert [value.name for value in int8.graph.outputs] == ["y", "w"]
+    np.testing.assert_array_equal(graph.runner(int8)(X)["w"], W["w"])
+
+
+def test_outputs_that_are_constant_come_out_bit_for_bit() -> None:
+    given = W | {"c": graphs.noise(2, 5)}
+    text = "(float[N,3,6,6] x) => (float[N,8,4,4] y, float[5] k, float[5] n) { y = Conv(x, w)\n k = Identity(c)\n n = Neg(c) }"
+    made = prepare.to_quantizable(graphs.model(text, given), X)
+    assert [value.name for value in made.model.graph.outputs] == ["y", "k", "n"]
+    assert not any(value.is_initializer() for value in made.model.graph.outputs)
+    found = graph.runner(graph.with_outputs(made.model, ["k", "n"]))(X)
+    np.testing.assert_array_equal(found["k"], given["c"])
+    np.testing.assert_array_equal(found["n"], -given["c"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from exporter import quantize
@@ -22,6 +23,17 @@ def test_every_node_gets_a_name_of_its_own_and_keeps_the_one_it_has() -> None:
     found = [node.name for node in model.graph]
     assert found[0] == "same" and len(set(found)) == 5 and all(found)
     assert names.rewrite(model) == 0
+
+
+def test_nodes_in_branches_have_names_of_their_own_too() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 20]> g (float[N,4] x, bool c) => (float[N,4] y) {
+      [same] a = Relu(x)
+      y = If(c)<then_branch = t () => (float[] e) { [same] e = Neg(a) },
+                else_branch = f () => (float[] o) { [same] o = Abs(a) }> }"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    names.rewrite(model)
+    found = [node.name for each in model.graphs() for node in each]
+    assert found[0] == "same" and len(set(found)) == 4
 
 
 def test_traces_of_the_machine_that_exported_are_taken_out() -> None:
