@@ -26,7 +26,7 @@ from exporter.source import Sample, Source, from_file
 from exporter.terminal import Terminal
 from runtime import cpu
 from runtime.bundle import load
-from runtime.errors import PacklightError
+from runtime.errors import PacklightError, install
 from runtime.manifest import canonical
 from runtime.views import show
 
@@ -157,7 +157,7 @@ def demo(
     """Train a small network on real handwritten digits, export it, and prove the bundle. No network needed."""
     recipe = load_recipe(target)
     if find_spec("sklearn") is None:
-        raise PacklightError("packlight demo: its digits", found="no scikit-learn", do="pip install 'packlight[demo]'")
+        raise PacklightError("packlight demo: its digits", found="no scikit-learn", do=install("demo"))
     here = Path(__file__).parent
     sample = from_file(str(next(p for p in (here / "samples/digits", here.parent / "samples/digits") if p.is_dir())))
     if not as_json:

@@ -27,7 +27,7 @@ from exporter import batches
 from exporter.batches import Array
 from exporter.errors import TraceError
 from exporter.quiet import quiet
-from runtime.errors import PacklightError
+from runtime.errors import PacklightError, install
 
 OLDEST_OPSET = 11  # what onnx.version_converter was tried on; older files differ in Pad, Clip, Resize, BatchNorm
 
@@ -164,7 +164,7 @@ def from_pretrained(folder: str | Path, task: str = "auto") -> Source:
     try:
         from optimum.exporters.onnx import main_export  # optimum and transformers take seconds to import
     except ImportError as error:
-        raise TraceError(str(folder), found=_first_line(error), do="pip install 'packlight[hf]'") from error
+        raise TraceError(str(folder), found=_first_line(error), do=install("hf")) from error
     with tempfile.TemporaryDirectory(prefix="packlight-") as out:
         try:
             with quiet():

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from runtime import cpu
 from runtime import manifest as manifests
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, require_opened
 from runtime.errors import PacklightError
 from runtime.session import open_session
 
@@ -47,8 +47,9 @@ def measure(bundle: Bundle, rounds: int = 30, clock: Callable[[], float] = time.
     Raises:
         PacklightError: rounds < 1.
     """
-    if rounds < 1:
-        raise PacklightError("rounds", found=str(rounds), expected="1 or more")
+    require_opened(bundle, "bench")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise PacklightError("rounds", found=repr(rounds), expected="1 or more, as an int")
     feed = dict(bundle.probes()[0].inputs)
     turns: list[Callable[[], object]] = [lambda: bundle.run(feed)]
     if (reference := bundle.path / manifests.FP32).exists():

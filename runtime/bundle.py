@@ -81,6 +81,8 @@ def load(
     Raises:
         BundleError: see verify(); or ONNX Runtime refuses the model, or the model is not the one the manifest describes.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise BundleError("load", found=type(path).__name__, expected="the path of a bundle's folder")
     bundle = Bundle(_folder(path), verify(path), threads, providers, ort=ort)
     if not bundle.manifest.pair_rule:
         from runtime.cpu import pairs_in_int16  # here: `import runtime` need not load it
@@ -156,21 +158,17 @@ class Bundle:
         for name, dtype, tensor in self._inputs:
             try:
                 array = inputs[name]
-            except KeyError:
-                raise InputError("input is missing", name=name, found=", ".join(inputs), expected=name) from None
+            except (KeyError, TypeError, IndexError, ValueError):
+                raise self._missing(inputs, name) from None
             if type(array) is not np.ndarray:
-                array = np.asarray(array)
+                array = _as_array(array, tensor)
             if array.dtype != dtype:
-                raise InputError(
-                    f"input {name}",
-                    name=name,
-                    found=str(array.dtype),
-                    expected=tensor.dtype,
-                    do="convert it with astype",
-                )
+                raise _other_dtype(array, tensor)
             feed[name] = array
         if len(inputs) != len(feed):
-            unknown = next(name for name in inputs if name not in feed)
+            if not isinstance(inputs, Mapping):
+                raise self._missing(inputs, next(iter(feed)))
+            unknown = next(str(name) for name in inputs if name not in feed)
             raise InputError("input is unknown", name=unknown, found=unknown, expected=", ".join(feed))
         shapes = [array.shape for array in feed.values()]
         if shapes != self._fitting:
@@ -182,6 +180,16 @@ class Bundle:
             return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
         except ORT_ERRORS as error:
             raise PacklightError(f"{self.path}: ONNX Runtime failed while running", found=str(error)[:300]) from error
+
+    def _missing(self, inputs: object, name: str) -> InputError:
+        """What was given instead of {name: array}, or without one of the names."""
+        if isinstance(inputs, Mapping):
+            return InputError("input is missing", name=name, found=", ".join(map(str, inputs)) or "none", expected=name)
+        line = ", ".join(f'"{known}": ...' for known, _, _ in self._inputs)
+        return InputError(
+            "inputs", name=name, found=type(inputs).__name__, expected="a dict {name: array}",
+            do=f"call run({{{line}}}) with arrays",
+        )  # fmt: skip
 
     def probes(self) -> tuple[Probe, ...]:
         """The recorded batches, their tensors in the manifest's order.
@@ -200,6 +208,17 @@ class Bundle:
             )
             for probe in read_probe(file)
         )
+
+
+def require_opened(given: object, what: str) -> None:
+    """Refuse what is no Bundle, such as its path.
+
+    Raises:
+        BundleError: says the line that opens one.
+    """
+    if not isinstance(given, Bundle):
+        do = f"open it: runtime.load({str(given)!r})" if isinstance(given, str | os.PathLike) else ""
+        raise BundleError(what, found=type(given).__name__, expected="a Bundle, from runtime.load", do=do)
 
 
 def int8_model(folder: Path, manifest: Manifest, ort: bool | None = None) -> Path:
@@ -234,7 +253,8 @@ def _folder(path: str | os.PathLike[str]) -> Path:
 def _read_manifest(folder: Path) -> Manifest:
     file = folder / manifests.MANIFEST
     if not folder.is_dir():
-        _refuse(folder, found="no folder", expected="a bundle", do="give the folder that packlight export wrote")
+        found = "a file" if folder.exists() else "no folder"
+        _refuse(folder, found=found, expected="a bundle", do="give the folder that packlight export wrote")
     _plain_file(file)
     if (size := file.stat().st_size) > MANIFEST_BYTES:
         _refuse(file, found=f"{size} bytes", expected=f"at most {MANIFEST_BYTES}")
@@ -277,6 +297,24 @@ def _agree(model: Path, role: str, actual: Sequence[Any], listed: Sequence[Tenso
         _refuse(
             model, found=f"{role}s {found}", expected=f"{expected} (dtype, rank) of the manifest", do="export again"
         )
+
+
+def _as_array(value: object, tensor: Tensor) -> Array:
+    """What numpy makes of a list, a number or another library's tensor."""
+    try:
+        array: Array = np.asarray(value)
+    except Exception as error:  # a tensor that needs grad or lies on a GPU, a ragged list: each library has its own
+        found = f"{type(value).__name__}: {error}"[:200]
+        do = "for a torch tensor: x.detach().cpu().numpy()"
+        raise InputError(f"input {tensor.name}", name=tensor.name, found=found, expected="an array", do=do) from error
+    return array
+
+
+def _other_dtype(array: Array, tensor: Tensor) -> InputError:
+    do = f"convert it with astype: np.asarray(x).astype({tensor.dtype!r})"
+    if array.dtype == np.uint8 and tensor.dtype.startswith("float"):
+        do = "pixels 0..255 are scaled first as at export, by x / 255 or runtime.preprocess; then np.float32"
+    return InputError(f"input {tensor.name}", name=tensor.name, found=str(array.dtype), expected=tensor.dtype, do=do)
 
 
 def _match(array: Array, tensor: Tensor, sizes: dict[str, int]) -> None:

@@ -1,22 +1,24 @@
 """packlight export | demo | check | bench | run | explain: parse, one call, print. No logic.
 
-Exit status: 0 met, 1 not met, 2 could not run.
+Exit status: 0 met, 1 not met, 2 could not run. What could not run is one line on stderr; with PACKLIGHT_TRACEBACK=1 a fault of
+nobody's has its traceback above it.
 """
 
 from __future__ import annotations
 
+import os
 import traceback
 import warnings
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from runtime import gate, views
+from runtime import files, gate, views
 from runtime.bench import measure
 from runtime.bundle import load
-from runtime.errors import PacklightError
+from runtime.errors import PacklightError, install, plain
 from runtime.explain import explain as explain_bundle
 from runtime.explain import explain_file
 from runtime.manifest import canonical
@@ -24,6 +26,8 @@ from runtime.probe import read_arrays, write_arrays
 
 COMMANDS = "packlight.commands"  # the entry points through which the exporter adds its commands
 FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+INTERRUPTED = 130  # what newer releases of typer make of Ctrl-C; older ones raise Abort
 
 app = typer.Typer(
     name="packlight",
@@ -57,26 +61,65 @@ Json = Annotated[bool, typer.Option("--json", help="Print the value the API retu
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; errors of ours become one line on stderr and exit status 2, all others a traceback before it."""
+    """Run the command line; whatever ends it early becomes one line on stderr and exit status 2."""
     warnings.showwarning = _warn  # type: ignore[assignment]  # it is called with places, which we do not name
     try:
-        app(args, prog_name="packlight")
-    except KeyboardInterrupt:
-        typer.echo("error: interrupted: found Ctrl-C; run it again", err=True)
-        raise SystemExit(2) from None
-    except (PacklightError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+        status = app(
+            args, prog_name="packlight", standalone_mode=False
+        )  # else typer makes Ctrl-C status 1, which is "not met"
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted: found Ctrl-C; run it again")
+    except PacklightError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: found {files.said(error)}; {files.remedy(error)}")
     except Exception as error:  # status 1 is for a budget that is not met
-        typer.echo(traceback.format_exc(), err=True)
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        typer.echo(f"error: this is a fault of packlight's or of your file: found {said}", err=True)
+        if hasattr(error, "format_message"):  # typer's: a flag or an argument that is wrong
+            _wrong_usage(error)
+        if os.environ.get("PACKLIGHT_TRACEBACK"):
+            typer.echo(traceback.format_exc(), err=True)
+        said = f"{type(error).__name__}: {error}"[:300]
+        _fail(f"this is a fault of packlight's or of your file: found {said}; PACKLIGHT_TRACEBACK=1 shows where")
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _fail(said: str) -> NoReturn:
+    typer.echo(f"error: {plain(said)}", err=True)
+    raise SystemExit(2) from None
+
+
+def _wrong_usage(error: Any) -> NoReturn:
+    """Typer's message as a line of ours; without any argument the help, as typer has it."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message(), err=True)
         raise SystemExit(2) from None
+    command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "packlight"
+    _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
 
 
 def _warn(message: Warning | str, *where: object) -> None:
     """A warning as a line of ours, without the line of code that it came from."""
-    typer.echo(f"warning: {message}", err=True)
+    typer.echo(f"warning: {plain(str(message))}", err=True)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"packlight {version('packlight')}")
+        except PackageNotFoundError:  # a checkout on PYTHONPATH
+            typer.echo("packlight, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def packlight(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Turn a PyTorch model into an int8 bundle that proves itself: it runs in integers, it is faster, it agrees."""
 
 
 @app.command(context_settings=FORWARD, add_help_option=False)
@@ -117,12 +160,16 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Run the bundle's own probe here: hold drift and integer share against its budget, and this device against the export."""
+    wanted = [(file, flag, text) for file, flag, text in (
+        (junit, "--junit", gate.junit), (markdown, "--markdown", gate.markdown),
+    ) if file is not None]  # fmt: skip
+    for file, flag, _ in wanted:
+        files.require_file(file, flag)
     opened = load(bundle, threads, ort=ort, strict=strict)
     verdict = gate.check(opened, min_integer_macs)
     name = opened.manifest.name
-    for file, text in ((junit, gate.junit), (markdown, gate.markdown)):
-        if file is not None:
-            file.write_text(text(verdict, name), encoding="utf-8")
+    for file, flag, text in wanted:
+        files.write(file, text(verdict, name), flag)
     if as_json:
         typer.echo(verdict.to_json(), nl=False)
     else:
@@ -157,8 +204,11 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run the int8 model on one batch of inputs."""
+    if out is not None:
+        files.require_file(out, "--out")
     outputs = load(bundle, threads, ort=ort).run(read_arrays(inputs))
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(out, outputs)
     if as_json:
         typer.echo(views.outputs_json(outputs), nl=False)
@@ -222,6 +272,7 @@ def forward(command: str, args: list[str]) -> None:
         if error.name and error.name.split(".")[0] in ("exporter", "runtime") and found:
             raise  # a fault of ours, and not of what is installed
         named = "explain --as" if command == "forecast" else command
-        do = f"pip install 'packlight[{'demo' if command == 'demo' else 'export'}]'"
+        do = install("demo" if command == "demo" else "export")
         raise PacklightError(f"packlight {named} is not installed here", found=str(error), do=do) from error
-    apply(args, prog_name=f"packlight {command}")
+    status = apply(args, prog_name=f"packlight {command}", standalone_mode=False)
+    raise typer.Exit(status if isinstance(status, int) else 0)

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     from runtime.gate import Verdict
 
 
+def plain(text: str) -> str:
+    r"""The text on one line, for a terminal: what is not printable (in a file's name, a library's words) as \x1b."""
+    line = " ".join(text.split())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+
+
+def install(extra: str) -> str:
+    """What brings an extra: by packlight's name where an index has it, in the checkout where it was installed from there."""
+    from importlib.metadata import PackageNotFoundError, distribution  # here: `import runtime` need not load it
+
+    try:
+        indexed = distribution("packlight").read_text("direct_url.json") is None
+    except PackageNotFoundError:
+        indexed = False
+    return f"pip install 'packlight[{extra}]'" if indexed else f"pip install '.[{extra}]' in a checkout of packlight"
+
+
 class PacklightError(Exception):
     """One line: `what: found ..., expected ...; do`, leaving out what was not given."""
 
@@ -27,7 +44,7 @@ class PacklightError(Exception):
         self.what, self.found, self.expected, self.do = what, found, expected, do
         sides = ", ".join(part for part in (found and f"found {found}", expected and f"expected {expected}") if part)
         line = f"{what}: {sides}" if sides else what
-        super().__init__(" ".join((f"{line}; {do}" if do else line).split()))
+        super().__init__(plain(f"{line}; {do}" if do else line))
 
 
 class BundleError(PacklightError):

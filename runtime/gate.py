@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from runtime import drift as drifts
 from runtime import manifest as manifests
-from runtime.bundle import Bundle, risk
+from runtime.bundle import Bundle, require_opened, risk
 from runtime.drift import Drift, OutputDrift
 from runtime.errors import DriftExceeded, PacklightError
 from runtime.kernels import kernels
@@ -101,6 +101,9 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
     """
     from runtime import cpu  # here: `import runtime` need not make its class
 
+    require_opened(bundle, "check")
+    if min_integer_macs is not None and not (_is_number(min_integer_macs) and 0 <= min_integer_macs <= 1):
+        raise PacklightError("min_integer_macs", found=repr(min_integer_macs), expected="a share, 0..1")
     about, probes, here_cpu = bundle.manifest, bundle.probes(), cpu.read()
     here = [bundle.run(probe.inputs) for probe in probes]
     recorded, fp32 = [probe.int8 for probe in probes], [probe.fp32 for probe in probes]
@@ -135,6 +138,10 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
         onnxruntime=ort.__version__,
         notes=tuple(_notes(bundle, here_cpu)),
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def limits(budget: Budget, drift: Drift, integer_macs: float, size_bytes: int, ram_bytes: int | None) -> Iterator[Line]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, require_opened
 from runtime.errors import PacklightError
 from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session, without
 
@@ -89,6 +89,7 @@ class Kernels:
 
 def kernels(bundle: Bundle, inputs: Mapping[str, Array] | None = None, runs: int = 10) -> Kernels:
     """The kernels of a bundle's int8 model on `inputs`, by default the probe's first batch; runs: behind each time, see trace()."""
+    require_opened(bundle, "kernels")
     feed = bundle.probes()[0].inputs if inputs is None else inputs
     bundle.run(feed)  # names, dtypes and shapes are refused here, in words
     return trace(bundle.model, feed, threads=bundle.threads or 1, entries=bundle.manifest.session, runs=runs)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import numpy as np
 
-from runtime.errors import InputError, PacklightError
+from runtime.errors import InputError, PacklightError, install
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -74,8 +74,14 @@ def image(picture: Any, preprocessing: Preprocessing) -> Array:
 
     Raises:
         InputError: see `decode`; a picture smaller than the crop.
-        PacklightError: Pillow is not installed.
+        PacklightError: `preprocessing` is none, as in a bundle that was not made from pictures; Pillow is not installed.
     """
+    if not isinstance(preprocessing, Preprocessing):
+        raise PacklightError(
+            "preprocessing", found="none in this bundle" if preprocessing is None else type(preprocessing).__name__,
+            expected="bundle.manifest.preprocessing of a bundle made from pictures",
+            do="make the arrays as calibration's were made; or give the exporter pictures, and [images] in the recipe",
+        )  # fmt: skip
     wanted = preprocessing
     upright = decode(picture).convert("L" if wanted.channels == "L" else "RGB")
     if wanted.resize is not None:
@@ -171,7 +177,7 @@ def _pillow() -> tuple[ModuleType, ModuleType]:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise PacklightError("pictures", found="no Pillow", do="pip install 'packlight[images]'") from error
+        raise PacklightError("pictures", found="no Pillow", do=install("images")) from error
     return Image, ImageOps
 
 

@@ -54,15 +54,17 @@ def open_session(
         optimize: False runs the graph node by node as it is written.
 
     Raises:
-        PacklightError: threads < 1, or a provider this build of ONNX Runtime does not have.
+        PacklightError: threads that are no number from 1 on, or a provider this build of ONNX Runtime does not have.
         BundleError: ONNX Runtime refuses the model; its own words, shortened.
     """
-    if threads is not None and threads < 1:
-        raise PacklightError("threads", found=str(threads), expected="1 or more")
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise PacklightError("threads", found=repr(threads), expected="1 or more, as an int")
+    if isinstance(providers, str):
+        raise PacklightError("providers", found=repr(providers), expected=f"a list: [{providers!r}]")
     wanted, known = list(providers or PROVIDERS), ort.get_available_providers()
     for provider in wanted:
         if provider not in known:
-            raise PacklightError("provider", found=provider, expected=f"one of {', '.join(known)}")
+            raise PacklightError("provider", found=str(provider), expected=f"one of {', '.join(known)}")
     settings = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
     settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL

@@ -18,7 +18,7 @@ from typing import Any
 
 from exporter.calibrate import cache
 from exporter.calibrate.cache import Note
-from runtime.errors import PacklightError
+from runtime.errors import PacklightError, install
 
 CONNECT_SECONDS = 10.0
 ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://.+:\d+")
@@ -59,7 +59,7 @@ def connect(address: str, note: Note = lambda text: None) -> Iterator[Cluster]:
 def _client(address: str, stack: contextlib.ExitStack) -> Any:
     """A client of the scheduler, or of workers that are started here; Dask is kept from talking."""
     if find_spec("distributed") is None:
-        raise ClusterError("--cluster", found="no dask.distributed", do="pip install 'packlight[dask]'")
+        raise ClusterError("--cluster", found="no dask.distributed", do=install("dask"))
     if not (LOCAL.fullmatch(address) or ADDRESS.fullmatch(address)):
         raise ClusterError("--cluster", found=repr(address), expected="tcp://host:port, or local:N with N workers")
     dask, distributed = import_module("dask"), import_module("distributed")
@@ -98,7 +98,7 @@ def _checked(client: Any, address: str, note: Note) -> Cluster:
         if isinstance(found, Exception):
             raise ClusterError(
                 f"worker {worker}: packlight", found=f"{type(found).__name__}: {found}"[:200],
-                expected=f"packlight {cache.versions()['packlight']}", do="pip install 'packlight[export,dask]' there",
+                expected=f"packlight {cache.versions()['packlight']}", do=f"there: {install('export,dask')}",
             ) from found  # fmt: skip
         require_same(cache.versions(), found["versions"], f"worker {worker}")
         cpus.add(found["cpu"])

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from exporter.errors import CalibrationError
+from runtime.errors import install
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ def at(given: str | Path) -> File:
     try:
         import fsspec
     except ImportError as error:
-        raise CalibrationError(shown(url), found="no fsspec", do="pip install 'packlight[remote]'") from error
+        raise CalibrationError(shown(url), found="no fsspec", do=install("remote")) from error
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

@@ -17,6 +17,7 @@ from exporter.data.images import Images
 from exporter.data.tables import Columns, Prepare
 from exporter.data.text import Text
 from exporter.errors import CalibrationError, RecipeError
+from runtime.errors import install
 from runtime.manifest import Tensor
 from runtime.preprocess import Preprocessing
 
@@ -241,7 +242,7 @@ def _require_libraries(kinds: Iterable[str], where: str) -> None:
             try:
                 importlib.import_module(library)
             except ImportError as error:
-                raise CalibrationError(where, found=f"no {library}", do=f"pip install 'packlight[{extra}]'") from error
+                raise CalibrationError(where, found=f"no {library}", do=install(extra)) from error
 
 
 def _unused(table: str, found: str, where: str) -> RecipeError:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -209,3 +211,84 @@ def test_bundle_that_keeps_the_pair_rule_never_asks_what_the_cpu_computes(
 ) -> None:
     monkeypatch.setattr(cpu, "pairs_in_int16", lambda: pytest.fail("measured"))
     assert runtime.load(own_bundle, strict=True).manifest.pair_rule is True
+
+
+@pytest.mark.parametrize(
+    "given", ["hello", None, [np.zeros((1, 4), np.float32)], np.zeros((1, 4), np.float32), 3, rows]
+)
+def test_what_is_no_dict_of_arrays_is_refused_with_the_line_to_write(pair: runtime.Bundle, given: Any) -> None:
+    with pytest.raises(InputError) as error:
+        pair.run(given)
+    assert error.value.found == type(given).__name__
+    assert error.value.do == 'call run({"left": ..., "right": ...}) with arrays'
+
+
+class OnGpu:
+    """A tensor that another library keeps from numpy."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> None:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+@pytest.mark.parametrize("value", [OnGpu(), [[1.0], [1.0, 2.0]]])
+def test_value_that_numpy_cannot_take_is_refused(pair: runtime.Bundle, value: Any) -> None:
+    with pytest.raises(InputError, match="input left: found .*: .*, expected an array; for a torch tensor: x.detach"):
+        pair.run({"left": value, "right": rows(1)})
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("text", "found <U4, expected float32"),
+        (None, "found object, expected float32"),
+        (rows(1, np.uint8), "found uint8, expected float32; pixels 0..255 are scaled first as at export, by x / 255"),
+    ],
+)
+def test_value_of_another_dtype_is_refused_with_what_to_do(pair: runtime.Bundle, value: Any, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        pair.run({"left": value, "right": rows(1)})
+
+
+def test_names_that_are_no_strings_are_refused(pair: runtime.Bundle) -> None:
+    with pytest.raises(InputError, match="input is missing: found 0, 1, expected left"):
+        pair.run({0: rows(1), 1: rows(1)})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="input is unknown: found 1"):
+        pair.run({"left": rows(1), "right": rows(1), 1: rows(1)})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"threads": "2"}, "threads: found '2', expected 1 or more"),
+        ({"threads": 1.5}, "threads: found 1.5"),
+        ({"threads": True}, "threads: found True"),
+        ({"providers": "CPUExecutionProvider"}, r"expected a list: \['CPUExecutionProvider'\]"),
+    ],
+)
+def test_load_refuses_settings_of_another_type(bundle_folder: Path, wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(PacklightError, match=says):
+        runtime.load(bundle_folder, **wrong)
+
+
+def test_load_of_what_is_no_folder_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    with pytest.raises(BundleError, match="found a file, expected a bundle; give the folder"):
+        runtime.load(tmp_path / "m.onnx")
+    with pytest.raises(BundleError, match="load: found NoneType, expected the path"):
+        runtime.load(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use", [runtime.check, runtime.bench, runtime.kernels])
+def test_path_where_a_bundle_is_meant_says_the_line_to_write(use: Any) -> None:
+    with pytest.raises(
+        BundleError, match=r"expected a Bundle, from runtime.load; open it: runtime.load\('build/lite0'\)"
+    ):
+        use("build/lite0")
+    with pytest.raises(BundleError, match="found NoneType, expected a Bundle"):
+        use(None)
+
+
+@pytest.mark.parametrize("share", ["0.9", 1.5, -1, True, float("nan")])
+def test_share_that_is_none_is_refused(bundle: runtime.Bundle, share: Any) -> None:
+    with pytest.raises(PacklightError, match="min_integer_macs: found .* expected a share"):
+        runtime.check(bundle, share)

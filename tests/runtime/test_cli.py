@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import typer
 
 import runtime
 from runtime import cli
-from runtime.errors import PacklightError
+from runtime.errors import PacklightError, install
 from runtime.manifest import Budget, canonical
 from tests.command import call
 from tests.runtime import models
@@ -83,7 +83,7 @@ def test_explain_leads_with_the_share_and_lists_every_node(bundle_folder: Path, 
 def test_what_could_not_run_is_one_line_on_stderr_and_2(tmp_path: Path, bundle_folder: Path, capsys: Captured) -> None:
     assert call("check", tmp_path / "none") == 2
     assert call("run", bundle_folder, tmp_path / "none.npz") == 2
-    assert call("check", bundle_folder, "--junit", tmp_path / "no" / "folder.xml") == 2
+    assert call("check", bundle_folder, "--junit", bundle_folder / "manifest.json" / "parity.xml") == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split(":")[0] for line in err.splitlines()] == ["error"] * 3
@@ -138,7 +138,7 @@ def test_export_without_the_extra_says_what_to_install(monkeypatch: pytest.Monke
     assert call("export", "samples/lite0") == 2
     assert capsys.readouterr().err == (
         "error: packlight export is not installed here: found No module named 'no_such_package_of_ours'; "
-        "pip install 'packlight[export]'\n"
+        f"{install('export')}\n"
     )
 
 
@@ -154,7 +154,7 @@ def test_canonical_bench_round_trips(bundle_folder: Path) -> None:
     assert runtime.Timing(**json.loads(canonical(timing))) == timing
 
 
-def test_error_of_nobodys_is_2_with_a_traceback_and_one_line(
+def test_error_of_nobodys_is_2_and_one_line_with_a_traceback_for_those_who_ask(
     bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     def broken(*args: object, **named: object) -> None:
@@ -163,9 +163,11 @@ def test_error_of_nobodys_is_2_with_a_traceback_and_one_line(
     monkeypatch.setattr(cli, "load", broken)
     assert call("check", bundle_folder) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("Traceback")
-    last = "error: this is a fault of packlight's or of your file: found ZeroDivisionError: a fault of ours"
-    assert err.splitlines()[-1] == last
+    said = "error: this is a fault of packlight's or of your file: found ZeroDivisionError: a fault of ours"
+    assert (out, err) == ("", f"{said}; PACKLIGHT_TRACEBACK=1 shows where\n")
+    monkeypatch.setenv("PACKLIGHT_TRACEBACK", "1")
+    assert call("check", bundle_folder) == 2
+    assert capsys.readouterr().err.startswith("Traceback")
 
 
 def test_check_and_explain_run_the_phones_file_when_asked(ort_bundle: Path, capsys: Captured) -> None:
@@ -242,3 +244,58 @@ def test_forecast_is_forwarded_with_what_was_given(
         ("forecast", [str(bundle_folder), "--as", "x86-avx2"]),
         ("forecast", ["m.onnx", "--as", "x86-avx2", "--inputs", "in.npz", "--json"]),
     ]
+
+
+def test_version_is_printed(capsys: Captured) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"packlight {version('packlight')}\n"
+
+
+def test_result_files_are_refused_before_the_work(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    worked: list[object] = []
+    monkeypatch.setattr(cli, "load", lambda *args, **named: worked.append(args))
+    below = bundle_folder / "manifest.json" / "x"
+    np.savez(tmp_path / "in.npz", **next(models.images(5, 1)))
+    for args in (["check", "--junit"], ["check", "--markdown"], ["run", tmp_path / "in.npz", "--out"]):
+        assert call(args[0], bundle_folder, *args[1:], below) == 2
+    assert worked == []
+    assert capsys.readouterr().err.count("manifest.json is not a folder") == 3
+
+
+def test_folders_above_a_result_file_are_made(bundle_folder: Path, tmp_path: Path) -> None:
+    assert call("check", bundle_folder, "--junit", tmp_path / "a" / "b" / "parity.xml") == 0
+    assert (tmp_path / "a" / "b" / "parity.xml").is_file()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, typer.Abort])
+def test_ctrl_c_is_2_and_one_line(
+    stop: type[BaseException], bundle_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def stopped(*args: object, **named: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(cli, "load", stopped)
+    assert call("check", bundle_folder) == 2
+    assert capsys.readouterr().err == "error: interrupted: found Ctrl-C; run it again\n"
+
+
+def test_wrong_usage_is_one_line_that_names_the_help(capsys: Captured) -> None:
+    assert call("check", "x", "--thraeds", 1) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: No such option: --thraeds") and said.endswith("; see packlight check --help\n")
+    assert said.count("\n") == 1
+
+
+def test_control_characters_of_a_name_are_written_out(tmp_path: Path, capsys: Captured) -> None:
+    for args in (["check", tmp_path / "a\x1b[2J\nb"], ["check", "\udcff"], ["bench", "x", "--threads", "\x1b[31m"]):
+        assert call(*args) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and said.count("\n") == 3
+    assert "a\\x1b[2J b" in said and "\\udcff" in said
+
+
+def test_full_disk_is_2_and_says_so(bundle_folder: Path, capsys: Captured) -> None:
+    assert call("check", bundle_folder, "--junit", "/dev/full") == 2
+    assert "found No space left on device; free some space" in capsys.readouterr().err

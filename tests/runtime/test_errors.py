@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from runtime.errors import BundleError, InputError, PacklightError
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from runtime.errors import BundleError, InputError, PacklightError, install
 
 
 def test_message_is_one_line_of_what_found_expected_do() -> None:
@@ -28,3 +32,25 @@ def test_errors_carry_their_fields() -> None:
         "",
     )
     assert InputError("input is missing", name="image").name == "image"
+
+
+def test_what_no_terminal_should_get_is_written_out() -> None:
+    error = PacklightError("a\x1b[2Jb.onnx", found="\udcff\x07 café\u202e")
+    assert str(error) == "a\\x1b[2Jb.onnx: found \\udcff\\x07 café\\u202e"
+
+
+def test_extra_is_named_so_that_pip_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Indexed:
+        def read_text(self, name: str) -> str | None:
+            return None
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Indexed())
+    assert install("hf") == "pip install 'packlight[hf]'"
+    monkeypatch.setattr(Indexed, "read_text", lambda self, name: '{"dir_info": {}, "url": "file:///checkout"}')
+    assert install("hf") == "pip install '.[hf]' in a checkout of packlight"
+
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
+    assert install("export,dask") == "pip install '.[export,dask]' in a checkout of packlight"

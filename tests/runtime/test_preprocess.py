@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from runtime import manifest, preprocess
-from runtime.errors import BundleError, InputError, PacklightError
+from runtime.errors import BundleError, InputError, PacklightError, install
 from runtime.preprocess import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -168,7 +169,7 @@ def test_picture_smaller_than_the_crop_is_refused() -> None:
 
 def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(PacklightError, match=r"pip install 'packlight\[images\]'"):
+    with pytest.raises(PacklightError, match=re.escape(install("images"))):
         preprocess.image(pixels(4, 6), asked())
 
 
@@ -237,3 +238,9 @@ def test_missing_and_unknown_keys_are_refused() -> None:
         preprocess.read(good | {"gamma": 2.2}, PLACE)
     with pytest.raises(BundleError, match="preprocessing: found list, expected an object or null"):
         preprocess.read([], PLACE)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "none in this bundle"), ("RGB", "str")])
+def test_bundle_that_was_not_made_from_pictures_says_so(given: Any, found: str) -> None:
+    with pytest.raises(PacklightError, match=rf"preprocessing: found {found}, .* and \[images\] in the recipe"):
+        preprocess.image(pixels(4, 6), given)

@@ -10,6 +10,7 @@ import pytest
 from exporter import cluster
 from exporter.calibrate import cache
 from exporter.cluster import Cluster, ClusterError, connection
+from runtime.errors import install
 from tests.exporter.cluster.conftest import Processes
 from tests.exporter.cluster.streams import LONG, ROOT, data, there
 
@@ -83,7 +84,7 @@ def test_without_dask_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(connection, "find_spec", lambda name: None)
     with pytest.raises(ClusterError) as failure, cluster.connect("local:1"):
         pass
-    assert failure.value.do == "pip install 'packlight[dask]'"
+    assert failure.value.do == install("dask")
 
 
 def test_dask_is_needed_by_connect_alone() -> None:

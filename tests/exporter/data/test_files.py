@@ -19,6 +19,7 @@ from exporter import data
 from exporter.batches import digest
 from exporter.data import files
 from exporter.errors import CalibrationError
+from runtime.errors import install
 from tests.exporter.data.made import IDS, IMAGE, X, asked, picture, read, refusal, tokenizer
 
 IMAGES = asked(images={"resize": 8, "crop": 8})
@@ -162,7 +163,7 @@ def test_kinds_of_urls_that_nothing_reads_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "s3fs", None)
     assert "install the package it names" in refusal("s3://bucket/b.npz", asked(), X)
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    assert "pip install 'packlight[remote]'" in refusal("s3://bucket/b.npz", asked(), X)
+    assert install("remote") in refusal("s3://bucket/b.npz", asked(), X)
 
 
 def test_keys_and_signatures_in_a_url_are_never_shown() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from exporter import batches, data
 from exporter.errors import CalibrationError, RecipeError
+from runtime.errors import install
 from runtime.preprocess import Preprocessing
 from tests.exporter.data.made import IDS, IMAGE, X, asked, picture, read, refusal, tokenizer
 
@@ -138,7 +139,7 @@ def test_without_its_library_data_names_the_extra(
         "tables": ("a.parquet", asked(), X),
     }[extra]
     monkeypatch.setitem(sys.modules, library, None)
-    assert f"pip install 'packlight[{extra}]'" in refusal(tmp_path / given, table, tensor)
+    assert install(extra) in refusal(tmp_path / given, table, tensor)
 
 
 def test_libraries_of_the_extras_are_imported_when_they_are_needed() -> None:
