@@ -23,6 +23,12 @@ Array = npt.NDArray[Any]
 Batch = Mapping[str, Array]
 RANDOM = "random"  # the name by which noise is asked for instead of data
 RANDOM_BATCHES = 8
+NONE = object()  # no batch, where None would be one
+# what to do about pixels where the model takes real numbers; only the model's training knows the scale
+SCALED = (
+    "pixels 0..255 are scaled as in training: divide by 255, as in (x / 255).astype('float32'), or give the pictures' folder, and "
+    "[images] with scale, mean and std in the recipe"
+)
 
 
 def as_array(value: Any, name: str) -> Array:
@@ -45,7 +51,7 @@ def as_array(value: Any, name: str) -> Array:
     return array
 
 
-def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
+def read(given: Any, tensors: Sequence[Tensor], role: str, left_out: dict[str, int] | None = None) -> Iterator[Batch]:
     """Yield checked batches from whatever was given.
 
     Args:
@@ -53,6 +59,7 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
             iterable in exporter.data.
         tensors: the graph's inputs: name, dtype, shape.
         role: "calibration" or "heldout", for messages.
+        left_out: counts {what is in a batch and for no input: in how many batches}.
 
     Raises:
         CalibrationError: nothing given, wrong names, dtype or shape, NaN or infinity; names the batch and the input.
@@ -66,7 +73,7 @@ def read(given: Any, tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
             role, found=f"the path {given}", expected="an iterable of batches", do="open it with exporter.data.stream"
         )
     for number, raw in enumerate(given):
-        yield _checked(raw, tensors, role, number)
+        yield _checked(raw, tensors, role, number, {} if left_out is None else left_out)
 
 
 def require(given: Any, role: str) -> None:
@@ -83,22 +90,37 @@ def require(given: Any, role: str) -> None:
         )
     if isinstance(given, Mapping):
         raise CalibrationError(role, found="one dict", expected="an iterable of dicts", do="wrap it: [batch]")
-    if not isinstance(given, str | Path) and not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
-        raise CalibrationError(role, found=type(given).__name__, expected="an iterable of batches, or a path")
+    if hasattr(given, "to_numpy") and hasattr(given, "columns"):
+        raise CalibrationError(
+            role,
+            found=type(given).__name__,
+            expected="an iterable of batches",
+            do="give its values: [frame.to_numpy('float32')]",
+        )
+    iterable = hasattr(given, "__iter__") or hasattr(given, "__getitem__")
+    if not isinstance(given, str | Path) and (not iterable or isinstance(given, type)):
+        do = f"call it: {given.__name__}()" if hasattr(given, "__name__") else ""
+        raise CalibrationError(role, found=type(given).__name__, expected="an iterable of batches, or a path", do=do)
 
 
-def peek(stream: Iterator[Batch], role: str) -> tuple[Batch, Iterator[Batch]]:
-    """The first batch, and a stream that still has it.
+def peek(stream: Iterator[Batch], role: str, given: Any = None) -> tuple[Batch, Iterator[Batch]]:
+    """The first batch, and a stream that still has it; given: what the stream reads.
 
     Raises:
         CalibrationError: the stream is empty.
     """
     first = next(stream, None)
     if first is None:
-        raise CalibrationError(
-            f"{role}: no batches", found="an empty iterable", expected="at least one batch", do="check the data source"
-        )
+        raise empty(role, given)
     return first, itertools.chain([first], stream)
+
+
+def empty(role: str, given: Any = None) -> CalibrationError:
+    """The refusal of an iterable that gives nothing."""
+    do = "check the data source"
+    if isinstance(given, Iterator):
+        do = "a generator can be read once: make a new one for each export"
+    return CalibrationError(f"{role}: no batches", found="an empty iterable", expected="at least one batch", do=do)
 
 
 def digest(batch: Batch) -> str:
@@ -132,9 +154,14 @@ def random(tensors: Sequence[Tensor], count: int, generator: np.random.Generator
         yield batch
 
 
-def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int) -> Batch:
+def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int, left_out: dict[str, int]) -> Batch:
     where = f"{role} batch {number}"
     names = [tensor.name for tensor in tensors]
+    if isinstance(raw, str | Path):
+        raise CalibrationError(
+            where, found=f"the text {str(raw)[:80]!r}", expected=f"arrays: {', '.join(names)}",
+            do=f"files are given by their folder: {role}='folder'", batch=number,
+        )  # fmt: skip
     if isinstance(raw, Mapping):
         given = dict(raw)
     else:
@@ -143,6 +170,8 @@ def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int) -> Bat
         given = dict(zip(names, values, strict=False)) if len(values) >= len(names) else {}
         if not given:
             raise CalibrationError(where, found=f"{len(values)} arrays", expected=f"{len(names)}: {', '.join(names)}")
+        if len(values) > len(names):
+            _count(left_out, "what is behind the inputs, such as labels")
     missing = [name for name in names if name not in given]
     unknown = [str(name) for name in given if name not in names]
     if missing:
@@ -154,9 +183,15 @@ def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int) -> Bat
             tensor=missing[0],
             batch=number,
         )
+    for name in unknown:
+        _count(left_out, f"{name!r}, which is no input")
     batch = {tensor.name: _checked_array(given[tensor.name], tensor, where, number) for tensor in tensors}
     _check_dimensions(batch, tensors, where, number)
     return batch
+
+
+def _count(left_out: dict[str, int], what: str) -> None:
+    left_out[what] = left_out.get(what, 0) + 1
 
 
 def _check_dimensions(batch: Batch, tensors: Sequence[Tensor], where: str, number: int) -> None:
@@ -192,15 +227,16 @@ def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array
             expected=tensor.dtype,
             tensor=tensor.name,
             batch=number,
-            do=f"convert it with .astype({tensor.dtype!r})",
+            do=SCALED
+            if array.dtype == np.uint8 and tensor.dtype.startswith("float")
+            else f"convert it with .astype({tensor.dtype!r})",
         )
-    if len(array.shape) != len(tensor.shape) or any(
-        isinstance(want, int) and size != want for size, want in zip(array.shape, tensor.shape, strict=True)
-    ):
+    if not _fits(array.shape, tensor.shape):
         raise CalibrationError(
             what,
             found=f"shape {list(array.shape)}",
             expected=f"shape {list(tensor.shape)}",
+            do=_reshaped(array.shape, tensor.shape),
             tensor=tensor.name,
             batch=number,
         )
@@ -215,6 +251,23 @@ def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array
             batch=number,
         )
     return array
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    return len(shape) == len(wanted) and all(
+        isinstance(want, str) or size == want for size, want in zip(shape, wanted, strict=True)
+    )
+
+
+def _reshaped(shape: Sequence[int], wanted: Sequence[int | str]) -> str:
+    """The line that makes an array of this shape fit: a batch axis, or channels moved from last to first; empty if none does."""
+    if _fits((1, *shape), wanted):
+        return "add the axis of the batch: x[None], or a DataLoader with batch_size=1"
+    if len(shape) == 4 and _fits((shape[0], shape[3], shape[1], shape[2]), wanted):
+        return "move the channels: x.transpose(0, 3, 1, 2)"
+    if len(shape) == 3 and _fits((1, shape[2], shape[0], shape[1]), wanted):
+        return "move the channels and add the axis of the batch: x.transpose(2, 0, 1)[None]"
+    return ""
 
 
 class Split:
@@ -239,10 +292,12 @@ class Split:
         if heldout is None and self.total is not None:
             self.total_heldout = min(self.total // self.EVERY, self.MOST_APART)
             self.total -= self.total_heldout
-        self.first, self._stream = peek(read(calibration, tensors, "calibration"), "calibration")
+        self._left_out: dict[str, int] = {}
+        stream = read(calibration, tensors, "calibration", self._left_out)
+        self.first, self._stream = peek(stream, "calibration", calibration)
         self._heldout: Iterator[Batch] | None = None
         if heldout is not None:
-            _, self._heldout = peek(read(heldout, tensors, "heldout"), "heldout")
+            _, self._heldout = peek(read(heldout, tensors, "heldout", self._left_out), "heldout", heldout)
         else:
             self._stream = _enough(self._stream, self.EVERY)
         self.kept: list[Batch] = []
@@ -250,6 +305,11 @@ class Split:
         self.overlapping = False
         self._apart: list[Batch] = []
         self._seen: set[str] = set()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was in batches and went to no input."""
+        return tuple(f"left out of batches: {what} ({count} of them)" for what, count in sorted(self._left_out.items()))
 
     def calibration(self) -> Iterator[Batch]:
         for number, batch in enumerate(self._stream):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from exporter.batches import Batch
 from exporter.errors import RecipeError
@@ -100,13 +101,29 @@ def parse(texts: Iterable[str]) -> tuple[dict[str, float], tuple[Drop, ...]]:
     return limits, tuple(drops)
 
 
+def metrics(evaluate: Evaluate, run: Run) -> dict[str, float]:
+    """What evaluate() returns for a model.
+
+    Raises:
+        RecipeError: no {metric: number}.
+    """
+    found: Any = evaluate(run)
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RecipeError(
+            "evaluate()", found=f"{type(found).__name__} {str(found)[:80]}", expected="{metric: number}",
+            do='return a dict, as in {"top1": 0.91}',
+        ) from error  # fmt: skip
+
+
 def acceptable(drops: Sequence[Drop], evaluate: Evaluate, fp32: Run) -> Accepts:
     """Whether a model's metrics drop no further below FP32's than allowed.
 
     Raises:
         RecipeError: a metric that evaluate() does not return.
     """
-    reference = evaluate(fp32)
+    reference = metrics(evaluate, fp32)
     for drop in drops:
         if drop.metric not in reference:
             near = difflib.get_close_matches(drop.metric, reference, n=1, cutoff=0.4)
@@ -116,7 +133,7 @@ def acceptable(drops: Sequence[Drop], evaluate: Evaluate, fp32: Run) -> Accepts:
             )  # fmt: skip
 
     def accepts(run: Run) -> bool:
-        found = evaluate(run)
+        found = metrics(evaluate, run)
         return all(drop.allows(reference[drop.metric], found[drop.metric]) for drop in drops)
 
     return accepts

@@ -22,6 +22,7 @@ from exporter.ort_format import OrtModel, Proof
 from exporter.recipe import Probe as ProbeLimits
 from exporter.target import Target
 from runtime import drift
+from runtime import files as places
 from runtime import manifest as manifests
 from runtime.bundle import Bundle, verify
 from runtime.drift import Drift, Totals
@@ -147,14 +148,19 @@ def record(
     return Recorded(probes=tuple(probes), drift=measured, kernels=_kernels(int8, probes[0].inputs, session))
 
 
-def require_place(out: Path) -> None:
-    """Refuse an output folder that holds something other than a bundle: what is there is going to be deleted.
+def require_place(given: str | Path) -> Path:
+    """The output folder. Refused if it holds something other than a bundle: what is there is going to be deleted.
 
     Raises:
-        BundleError: `out` is a file, or a folder with files that no bundle's manifest lists.
+        BundleError: it is a file, or a folder with files that no bundle's manifest lists.
+        PacklightError: it cannot be made: see runtime.files.require_writable.
     """
+    places.require_writable(given, "out")
+    out = Path(given)
+    if out.name in ("", ".."):  # "." and "..": the folder itself is replaced, and may be where somebody stands
+        raise BundleError("out", path=str(out), found=repr(str(given)), expected="a folder's name", do="choose another")
     if out.is_dir() and (not any(out.iterdir()) or _holds_a_bundle(out)):
-        return
+        return out
     if out.exists() or out.is_symlink():
         raise BundleError(
             str(out),
@@ -163,6 +169,7 @@ def require_place(out: Path) -> None:
             expected="a new folder, an empty one, or a bundle to replace",
             do="choose another --out",
         )
+    return out
 
 
 def _holds_a_bundle(folder: Path) -> bool:
@@ -203,8 +210,8 @@ def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping
             return complete
     except OSError as error:
         raise BundleError(
-            str(out), path=str(out), found=error.strerror or str(error), expected="a folder that can be written",
-            do="free some space, or choose another --out",
+            str(out), path=str(out), found=places.said(error), expected="a folder that can be written",
+            do=places.remedy(error, "--out"),
         ) from error  # fmt: skip
 
 

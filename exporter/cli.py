@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from exporter.recipe import Recipe, limited, load_recipe, presets
 from exporter.report import Report
 from exporter.source import Sample, Source, from_file
 from exporter.terminal import Terminal
-from runtime import cpu
+from runtime import cpu, files
 from runtime.bundle import load
 from runtime.errors import PacklightError, install
 from runtime.manifest import canonical
@@ -199,6 +200,8 @@ def lint_model(
 ) -> None:
     """Look for what would make a model wrong, slow or impossible to open on a CPU it is meant for."""
     asked = targets.by_name(target) if target else None
+    if sarif is not None:
+        files.require_file(sarif, "--sarif")
     if model.is_dir():
         bundle = load(model)
         named = lint.check_bundle(bundle, asked or targets.by_name(bundle.manifest.target))
@@ -206,7 +209,7 @@ def lint_model(
     else:
         found = {str(model): lint.check(model, asked)}
     if sarif is not None:
-        sarif.write_text(canonical(lint.sarif(found)), encoding="utf-8")
+        files.write(sarif, canonical(lint.sarif(found)), "--sarif")
     typer.echo(canonical(found) if as_json else lint.render(found) + "\n", nl=False)
     raise typer.Exit(1 if lint.count(found, "error") else 0)
 
@@ -239,7 +242,7 @@ def forecast_model(
 
 
 def _export(
-    source: Source,
+    source: Source | torch.nn.Module,
     recipe: Recipe,
     seen: Any,
     unseen: Any,

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from exporter import batches
+import torch
+
+from exporter import batches, sniff
 from exporter.data import files
 from exporter.errors import CalibrationError, RecipeError, TraceError
 from exporter.source import Sample, Source, from_file, from_onnx, from_pretrained, from_program, load_python
@@ -20,36 +22,45 @@ T = TypeVar("T")
 
 def model_and_data(
     source: str, task: str, calibration: str | None, heldout: str | None, images: Path | None
-) -> tuple[Source, Any, Any, Sample | None]:
+) -> tuple[Source | torch.nn.Module, Any, Any, Sample | None]:
     """The model and its data, from a Python file or a model file."""
     reader: dict[str, Callable[[str], Source]] = {".onnx": from_onnx, ".pt2": from_program}
-    suffix = Path(source).suffix
-    if suffix in (".pt", ".pth", ".pkl", ".bin"):
+    suffix = Path(source).suffix.lower()
+    if suffix in sniff.NO_MODELS:
         raise TraceError(
-            source, found="a pickle, which runs code when it is read", expected="file.py, model.pt2 or model.onnx",
+            source, found=sniff.NO_MODELS[suffix], expected="file.py, model.pt2 or model.onnx",
             do="load the weights in a file.py that offers source(), or save the model with torch.export.save",
         )  # fmt: skip
+    if suffix in sniff.FOREIGN:
+        raise TraceError(
+            source, found=sniff.FOREIGN[suffix], expected="file.py, model.pt2 or model.onnx", do=sniff.TF2ONNX
+        )
     if suffix in reader:
         return reader[suffix](source), _given(calibration), _given(heldout), None
     if (Path(source) / "config.json").is_file():
         return from_pretrained(source, task), _given(calibration), _given(heldout), None
     sample = from_file(source)
     return (
-        own(sample.source),
+        sample.source if isinstance(sample.source, Source | torch.nn.Module) else own(sample.source),
         data(sample.calibration, calibration, images),
         data(sample.heldout, heldout, images),
         sample,
     )
 
 
-def data(function: Callable[..., Any] | None, given: str | None, images: Path | None) -> Any:
-    """What the command line gave, else what the sample's function returns."""
+def data(function: Any, given: str | None, images: Path | None) -> Any:
+    """What the command line gave, else what the sample's function returns, or the batches that stand in its place."""
     if given is not None or function is None:
         return _given(given)
+    if not callable(function):
+        if images is not None:
+            raise CalibrationError(
+                "--images", found="batches in the place of a function", expected="calibration(images)"
+            )
+        return function
     if images is not None and "images" not in inspect.signature(function).parameters:
-        raise CalibrationError(
-            "--images", found=f"{function.__name__}() takes no images", expected=f"{function.__name__}(images)"
-        )
+        name = name_of(function)
+        raise CalibrationError("--images", found=f"{name}() takes no images", expected=f"{name}(images)")
     return own(function, images=images)
 
 
@@ -72,8 +83,10 @@ def own(function: Callable[..., Any], *given: Any, images: Path | None = None) -
         made = function(*given) if images is None else function(images=images)
     except PacklightError:
         raise
-    except Exception as error:  # theirs may be any
+    except (Exception, SystemExit) as error:  # theirs may be any
         raise _fault(function, error) from error
+    if made is None:
+        raise PacklightError(f"{name_of(function)}() of your file", found="None", expected="a value: return it")
     return _watched(function, made) if isinstance(made, Iterator) else made
 
 
@@ -86,13 +99,18 @@ def _watched(function: Callable[..., Any], stream: Iterator[T]) -> Iterator[T]:
         raise _fault(function, error) from error
 
 
-def _fault(function: Callable[..., Any], error: Exception) -> PacklightError:
+def name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _fault(function: Callable[..., Any], error: BaseException) -> PacklightError:
     """`calibration() of your file: found ValueError: ... (sample.py:12)`: the last line of their file that ran."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == inspect.getfile(function)] or frames
+    home = getattr(getattr(function, "__code__", None), "co_filename", "")
+    own = [frame for frame in frames if frame.filename == home] or frames
     where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
     said = f"{type(error).__name__}: {error}"[:200]
-    return PacklightError(f"{function.__name__}() of your file", found=f"{said} ({where})")
+    return PacklightError(f"{name_of(function)}() of your file", found=f"{said} ({where})")
 
 
 def size_bytes(size: str | None, flag: str) -> int | None:

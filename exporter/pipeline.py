@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporter import (
     batches,
     budget,
@@ -19,6 +21,7 @@ from exporter import (
     data,
     graph,
     lint,
+    meant,
     place,
     prepare,
     products,
@@ -39,8 +42,8 @@ from exporter.source import Source
 
 
 def export(
-    source: Source,
-    recipe: Recipe,
+    source: Source | torch.nn.Module | str | Path,
+    recipe: Recipe | str | Path,
     calibration: Any,
     heldout: Any = None,
     out: str | Path = "build/model",
@@ -56,8 +59,8 @@ def export(
     """Trace, calibrate, quantize, prove, and write a bundle.
 
     Args:
-        source: `from_module`, `from_onnx`, `from_program`.
-        recipe: `load_recipe("portable")`, or your own file.
+        source: `from_module`, `from_onnx`, `from_program`; of a bare module the first calibration batch is the example.
+        recipe: `load_recipe("portable")`, or your own file; its name or path will do.
         calibration: batches whose ranges are taken: an iterable of {input: array}, tuples or tensors, a DataLoader, or
             a path or URL of arrays, pictures, text or tables (docs/data.md). Read once.
         heldout: other batches, on which drift is measured; without them every fourth calibration batch is kept apart.
@@ -77,18 +80,20 @@ def export(
             then, unless it came while the finished bundle was timed.
     """
     tell = progress or Silent()
+    place_of_it = bundle.require_place(out)
+    recipe = meant.recipe(recipe)
+    meant.require_settings(heldout, calibration, workers, evaluate, costs, max_evaluations, max_minutes)
     caps = search.Caps(
         costs=None if costs is None else Path(costs), max_evaluations=max_evaluations, max_minutes=max_minutes
     )
     with contextlib.nullcontext() if workers is None else cluster.connect(workers, tell.note) as there:
-        return _export(source, recipe, calibration, heldout, Path(out), ort, skip_bad, tell, there, evaluate, caps)
+        return _export(source, recipe, calibration, heldout, place_of_it, ort, skip_bad, tell, there, evaluate, caps)
 
 
 def _export(
-    source: Source, recipe: Recipe, calibration: Any, heldout: Any, out: Path, ort: bool, skip_bad: bool,
+    given: Any, recipe: Recipe, calibration: Any, heldout: Any, out: Path, ort: bool, skip_bad: bool,
     tell: Progress, there: Cluster | None, evaluate: Evaluate | None, caps: search.Caps,
 ) -> Report:  # fmt: skip
-    bundle.require_place(out)
     asked = recipes.data(recipe)
     data.require(calibration, "calibration", asked)
     if heldout is not None:
@@ -96,6 +101,8 @@ def _export(
     cpu = target.by_name(recipe.target)
     require_own_text(recipe)
     drops = recipes.drops(recipe, evaluate)
+    taken = meant.source(given, calibration)
+    source, calibration = taken.source, taken.calibration
 
     tell.stage("trace the model and prove the graph")
     traced = trace.to_onnx(source)
@@ -163,6 +170,7 @@ def _export(
     enough = collect.judge(prepared.model, found, watch)
     made = report.make(
         source,
+        (*taken.notes, *split.notes),
         recipe,
         traced,
         prepared,

@@ -23,7 +23,7 @@ from typing import Any, cast
 import onnx
 import torch
 
-from exporter import batches
+from exporter import batches, sniff
 from exporter.batches import Array
 from exporter.errors import TraceError
 from exporter.quiet import quiet
@@ -92,14 +92,16 @@ def from_program(
     Raises:
         TraceError: the file is no torch.export program, holds a pickle that could run code, or no example inputs.
     """
-    path = Path(path)
+    path = _path(path, "from_program")
     try:
         content = io.BytesIO(path.read_bytes())
         _refuse_pickles(content, path)
         program = torch.export.load(content)
     except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
         raise TraceError(
-            str(path), found=_first_line(error), expected="a program saved by torch.export.save"
+            str(path),
+            found=sniff.looks_like(path) or _first_line(error),
+            expected="a program saved by torch.export.save",
         ) from error
     if program.example_inputs is None:
         raise TraceError(str(path), found="no example inputs", do="export it again with torch.export.export")
@@ -125,15 +127,16 @@ def from_onnx(path: str | Path) -> Source:
         TraceError: no ONNX file, an older opset, an input that is no tensor of known rank, external data that is missing,
             too short, or outside the folder.
     """
-    path = Path(path)
+    path = _path(path, "from_onnx")
     try:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise TraceError(str(path), found=_first_line(error), expected="a readable ONNX file") from error
     except Exception as error:  # binary, JSON or text: each parser has an error of its own, at home where it likes
-        raise TraceError(str(path), found="no ONNX graph", expected="a file saved by onnx.save") from error
+        found = sniff.looks_like(path) or "no ONNX graph"
+        raise TraceError(str(path), found=found, expected="a file saved by onnx.save") from error
     if not model.graph.node:
-        raise TraceError(str(path), found="no nodes", expected="a file saved by onnx.save")
+        raise TraceError(str(path), found=sniff.looks_like(path) or "no nodes", expected="a file saved by onnx.save")
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < OLDEST_OPSET:
         raise TraceError(
@@ -194,12 +197,13 @@ def _task(folder: Path) -> str:
 class Sample:
     """What a Python file offers: `source()`, `calibration()`, `heldout()` and, optionally, `evaluate(run)`.
 
+    Of the first three each may also be the value itself: a Source or a module, batches or a path.
     recipe: the `recipe.toml` beside the file, where there is one.
     """
 
-    source: Callable[[], Source]
-    calibration: Callable[..., Any] | None
-    heldout: Callable[..., Any] | None
+    source: Any
+    calibration: Any
+    heldout: Any
     evaluate: Callable[..., Any] | None
     recipe: Path | None
 
@@ -212,28 +216,33 @@ def from_file(spec: str) -> Sample:
     """
     text, _, function = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
     path = Path(text)
-    path = path / "sample.py" if path.is_dir() else path
+    folder = path.is_dir()
+    path = path / "sample.py" if folder else path
     if not path.is_file():
         raise TraceError(
             spec,
-            found="no such file",
+            found="a folder with neither sample.py nor config.json" if folder else "no such file",
             expected="file.py, file.py:function, a folder with sample.py, model.onnx or model.pt2",
         )
     module = load_python(path)
     offered = getattr(module, function or "source", None)
-    if not callable(offered):
+    if not callable(offered) and not isinstance(offered, Source):
         names = sorted(name for name, value in vars(module).items() if inspect.isfunction(value))
         raise TraceError(
             str(path),
             found=f"functions {', '.join(names) or 'none'}",
             expected=f"a function {function or 'source'}() that returns exporter.from_module(...)",
         )
+    if not callable(evaluate := getattr(module, "evaluate", None)) and evaluate is not None:
+        raise TraceError(
+            f"{path}: evaluate", found=type(evaluate).__name__, expected="a function run -> {metric: value}"
+        )
     recipe = path.parent / "recipe.toml"
     return Sample(
         source=offered,
         calibration=getattr(module, "calibration", None),
         heldout=getattr(module, "heldout", None),
-        evaluate=getattr(module, "evaluate", None),
+        evaluate=evaluate,
         recipe=recipe if recipe.is_file() else None,
     )
 
@@ -243,7 +252,8 @@ def load_python(path: Path) -> ModuleType:
     name = f"packlight_sample_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise TraceError(str(path), found="no Python file", expected="file.py")
+        found = sniff.looks_like(path) or "no Python file"
+        raise TraceError(str(path), found=found, expected="file.py, a folder with sample.py, model.onnx or model.pt2")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and torch look a class's module up here
     sys.path.insert(0, str(path.parent))
@@ -255,6 +265,11 @@ def load_python(path: Path) -> ModuleType:
         ) from error
     except PacklightError:
         raise
+    except SystemExit as error:  # a script that parses arguments, or ends itself
+        raise TraceError(
+            f"{path}: running it ended the process", found=f"SystemExit({error.code!r})",
+            do="put what must not run on import under if __name__ == '__main__':",
+        ) from error  # fmt: skip
     except Exception as error:  # the caller's file may raise anything
         raise TraceError(f"{path}: running it failed", found=f"{type(error).__name__}: {_first_line(error)}") from error
     finally:
@@ -401,6 +416,14 @@ def _require_ranks(model: onnx.ModelProto, path: Path) -> None:
                 expected="a tensor with a number of axes (their sizes may be open)",
                 do="export the model again with the shapes of its inputs",
             )
+
+
+def _path(given: object, what: str) -> Path:
+    if isinstance(given, onnx.ModelProto):
+        raise TraceError(what, found="a ModelProto", expected="a path", do="save it with onnx.save")
+    if not isinstance(given, str | Path):
+        raise TraceError(what, found=type(given).__name__, expected="a path")
+    return Path(given)
 
 
 def _first_line(error: BaseException) -> str:

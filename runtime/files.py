@@ -67,6 +67,6 @@ def said(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
-def remedy(error: OSError) -> str:
+def remedy(error: OSError, place: str = "place") -> str:
     """What to do about a path that could not be written."""
-    return "free some space, or choose another place" if error.errno in FULL else "choose another place"
+    return f"{'free some space, or ' if error.errno in FULL else ''}choose another {place}"

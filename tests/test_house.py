@@ -31,9 +31,23 @@ EXPORTERS = {
 }  # fmt: skip
 
 # the picture of ARCHITECTURE.md: what every stage may use, the stages in their order, and what stands above them
-SHARED = {"errors", "data", "progress", "quiet", "batches", "graph", "qparams", "proof", "recipe", "target", "budget"}
+SHARED = {
+    "errors",
+    "sniff",
+    "data",
+    "progress",
+    "quiet",
+    "batches",
+    "graph",
+    "qparams",
+    "proof",
+    "recipe",
+    "target",
+    "budget",
+}
 STAGES = (
     "source",
+    "meant",
     "trace",
     "prepare",
     "calibrate",

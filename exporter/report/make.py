@@ -14,7 +14,7 @@ import onnxruntime
 from exporter import data, graph
 from exporter import recipe as recipes
 from exporter.batches import Split
-from exporter.budget import Drop, Evaluate
+from exporter.budget import Drop, Evaluate, metrics
 from exporter.bundle import Models, Recorded
 from exporter.calibrate import Ranges
 from exporter.calibrate.enough import Enough
@@ -44,6 +44,7 @@ from runtime.session import open_session
 
 def make(
     source: Source,
+    notes: tuple[str, ...],
     recipe: Recipe,
     traced: Traced,
     prepared: Prepared,
@@ -67,6 +68,7 @@ def make(
         name=source.name,
         recipe=recipe.name,
         target=recipe.target,
+        notes=notes,
         traced_by=traced.exporter,
         proved=traced.sizes,
         rewrites=prepared.rewrites,
@@ -177,9 +179,9 @@ def _scores(out: Path, evaluate: Evaluate) -> dict[str, tuple[float, float]]:
     """{metric: (FP32, int8)}, of the bundle as it was written."""
     fp32 = open_session(out / manifests.FP32)
     names = [output.name for output in fp32.get_outputs()]
-    reference = evaluate(lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
-    candidate = evaluate(load(out).run)
-    return {metric: (float(reference[metric]), float(candidate[metric])) for metric in reference}
+    reference = metrics(evaluate, lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
+    candidate = metrics(evaluate, load(out).run)
+    return {metric: (value, candidate[metric]) for metric, value in reference.items() if metric in candidate}
 
 
 def _searched(recipe: Recipe, better: Improved) -> Searched:

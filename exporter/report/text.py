@@ -24,6 +24,7 @@ def render(report: Report) -> str:
     """Asked, decided, measured: at most WIDTH columns."""
     lines = [
         *_row("asked", f"{report.name} for {report.target} (recipe {report.recipe})"),
+        *(_row("note", "; ".join(report.notes)) if report.notes else []),
         *_row("traced", _traced(report)),
         *_row("decided", _decided(report)),
         *(line for layers in (*_float_layers(report), *_dynamic_lstm(report)) for line in _row("", layers)),

@@ -99,6 +99,7 @@ class Took:
 class Report:
     """asked: name, recipe, target. decided: the plan in numbers. measured: coverage, drift, sizes, time.
 
+    notes: what was taken for granted about the model and its data, or left out: a sentence each.
     proved: the sizes at which the trace was proved equal to torch, one {label: size} each.
     rewrites: {rewrite: times it matched} of the preparation.
     skipped: names of the pictures that did not decode and were left out, as was asked.
@@ -119,6 +120,7 @@ class Report:
     name: str
     recipe: str
     target: str
+    notes: tuple[str, ...]
     traced_by: str
     proved: tuple[Mapping[str, int], ...]
     rewrites: Mapping[str, int]

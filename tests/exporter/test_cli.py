@@ -235,3 +235,54 @@ def test_error_in_the_users_own_function_is_one_line_that_names_it(
     said, err = capsys.readouterr()
     assert said == "" and len(err.splitlines()) == 1
     assert "() of your file: found " in err and says in err and "(sample.py:" in err
+
+
+BARE = """
+import numpy as np, torch
+
+def source():
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 4)
+
+calibration = [{"input": np.random.default_rng(n).random((4, 8), dtype=np.float32)} for n in range(4)]
+heldout = [batch["input"] + 1 for batch in calibration]
+"""
+
+
+def test_python_file_may_return_a_module_and_hold_lists_of_batches(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "bare.py").write_text(BARE)
+    assert call("export", tmp_path / "bare.py", "--out", tmp_path / "b", "--max-evals", 0) in (0, 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note a module without names: inputs input from its forward and the first calibration batch" in said
+    assert runtime.load(tmp_path / "b").manifest.outputs[0].name == "output_0"
+    (tmp_path / "value.py").write_text(BARE.replace("def source():", "source = torch.nn.Linear(8, 4)\ndef other():"))
+    assert call("export", tmp_path / "value.py", "--out", tmp_path / "c", "--max-evals", 0) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "becomes", "says"),
+    [
+        ("    return torch.nn", "    torch.nn", "source() of your file: found None, expected a value: return it"),
+        ("    return torch.nn.Linear(8, 4)", "    return torch.nn.Linear", "found the class Linear, expected a Source"),
+        ("heldout =", "evaluate = 3\nheldout =", "evaluate: found int, expected a function run -> {metric: value}"),
+        ("heldout =", "def evaluate(run): return 0.9\nheldout =", "evaluate(): found float 0.9, expected {metric: number}"),
+        ("calibration =", "raise SystemExit(3)\ncalibration =", "running it ended the process: found SystemExit(3)"),
+        ("    torch.manual_seed(0)", "    exit(4)", "source() of your file: found SystemExit: 4"),
+        ("in calibration]", "in calibration]\ncalibration = 3", "calibration: found int, expected an iterable of batches"),
+    ],
+)  # fmt: skip
+def test_mistake_in_a_python_file_is_one_line(
+    line: str, becomes: str, says: str, tmp_path: Path, capsys: Captured
+) -> None:
+    assert line in BARE
+    text = BARE.replace(line, becomes, 1)
+    (tmp_path / "bare.py").write_text(text)
+    assert call("export", tmp_path / "bare.py", "--out", tmp_path / "b", "--max-evals", 0) == 2
+    said, err = capsys.readouterr()
+    assert said == "" and err.count("\n") == 1 and says in err
+
+
+def test_out_below_a_file_is_refused_before_the_work(onnx_file: Path, data: Path, capsys: Captured) -> None:
+    assert call("export", onnx_file, "--calibration", data, "--out", data / "0.npz" / "b") == 2
+    err = capsys.readouterr().err
+    assert "0.npz is not a folder, expected a folder to write into" in err and "free some space" not in err
