@@ -48,6 +48,10 @@ SHARED = {
 STAGES = (
     "source",
     "meant",
+    "precision",
+    "call",
+    "fake_quantize",
+    "blame",
     "trace",
     "prepare",
     "calibrate",
