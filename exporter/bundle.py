@@ -25,7 +25,7 @@ from runtime import drift
 from runtime import files as places
 from runtime import manifest as manifests
 from runtime.bundle import Bundle, verify
-from runtime.drift import Drift, Totals
+from runtime.drift import NOTHING_KNOWN, Drift, Ground, Totals
 from runtime.errors import BundleError
 from runtime.kernels import Kernels, trace
 from runtime.manifest import Manifest
@@ -100,12 +100,14 @@ def record(
     session: Mapping[str, str],
     limits: ProbeLimits,
     elsewhere: Callable[[Iterable[Batch], int], Totals] | None = None,
+    against: Mapping[str, Ground] = NOTHING_KNOWN,
 ) -> Recorded:
     """Run both models on held-out batches.
 
     Drift is over all of them; the probe is the first `limits.batches` that fit `limits.max_bytes`, and one in any case.
     A batch whose outputs hold no element does not go into the probe: it would prove nothing, there or on a device.
-    `elsewhere` takes the batches behind the probe, and the number of the first; the drift is the same.
+    `elsewhere` takes the batches behind the probe, and the number of the first; the drift is the same. `against` is what each
+    output is held against.
 
     Raises:
         CalibrationError: no held-out batch, none with an element in its outputs, one that ONNX Runtime refuses, or one on
@@ -129,7 +131,7 @@ def record(
             if elsewhere is not None and (len(probes) == limits.batches or size >= limits.max_bytes):
                 return
 
-    totals = drift.total(outputs())
+    totals = drift.total(outputs(), against=against)
     if elsewhere is not None and totals.batches:
         totals = drift.merge(totals, elsewhere((batch for _, batch in stream), totals.batches))
     if not totals.batches:

@@ -31,6 +31,7 @@ from exporter import (
     shrink,
     target,
     trace,
+    varies,
 )
 from exporter import recipe as recipes
 from exporter.budget import Evaluate
@@ -112,7 +113,7 @@ def _export(
     split = batches.split(first, second, inputs)
 
     tell.stage("rewrite the graph so that it quantizes well")
-    prepared = prepare.to_quantizable(traced.model, split.first, traced.given)
+    prepared = prepare.to_quantizable(traced.model, split.first)
 
     accepts = None
     if drops and evaluate is not None:  # before calibration: a metric that it does not return is refused
@@ -132,11 +133,12 @@ def _export(
 
     few = search.compared(split.kept, plan)
     expected = list(map(graph.runner(prepared.model), few))
+    against = varies.grounds(prepared.model, expected, few)
     ruled = place.ruled(prepared.model, recipe.rules, "float")
     if recurrences := recurrent.candidates(corrected.int8, plan, cpu, ruled):
         tell.stage("let LSTM run in integers, as many as the outputs bear")
         limits, aim_db = search.limits(recipe), recipe.search.aim_snr_db
-        laid = recurrent.improve(corrected.int8, plan, recurrences, expected, few, aim_db, limits, accepts)
+        laid = recurrent.improve(corrected.int8, plan, recurrences, expected, few, aim_db, limits, accepts, against)
         plan, corrected = laid.plan, replace(corrected, int8=laid.int8)
     open_gates = partial(
         correct.open_gates, prepared.model, ranges=found.ranges, means=found.means, target=cpu, shapes=shapes, batches=split.kept,
@@ -152,7 +154,7 @@ def _export(
 
     left = {*ruled, *better.found.chosen.float_layers}
     floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db + budget.MARGIN_DB
-    shrunk = shrink.weights(better.int8, expected, few, left, floor_db=floor_db)
+    shrunk = shrink.weights(better.int8, expected, few, left, floor_db=floor_db, against=against)
     plan = plan.noted(shrunk.notes)
     corrected = replace(corrected, pair_rule=corrected.pair_rule and not recurrent.is_in(shrunk.int8))
 
@@ -161,8 +163,10 @@ def _export(
     fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(int8)
     watch = collect.watch(prepared.model, plan, found)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
-    elsewhere = partial(cluster.total, there, fp32, shipped, cpu.session) if there is not None else None
-    recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere)
+    elsewhere = (
+        partial(cluster.total, there, fp32, shipped, cpu.session, against=against) if there is not None else None
+    )
+    recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere, against)
 
     tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
     models = bundle.models(fp32, shipped, recorded.probes, cpu, ort=ort)

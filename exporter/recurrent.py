@@ -17,7 +17,7 @@ Source: ONNX Runtime's DynamicQuantizeLSTM (com.microsoft 1), dynamic_quantize_l
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -33,7 +33,7 @@ from exporter.prepare import edit
 from exporter.qparams import symmetric
 from exporter.target import Target
 from runtime import drift, gate
-from runtime.drift import Drift
+from runtime.drift import NOTHING_KNOWN, Drift, Ground
 from runtime.manifest import Budget
 
 DOMAIN, OPERATOR = "com.microsoft", "DynamicQuantizeLSTM"
@@ -65,6 +65,7 @@ def improve(
     aim_db: float,
     budget: Budget,
     accepts: Accepts | None = None,
+    against: Mapping[str, Ground] = NOTHING_KNOWN,
 ) -> Laid:
     """Let LSTM be dynamic, as many as the outputs bear.
 
@@ -76,6 +77,7 @@ def improve(
         aim_db: of the search. Outputs bear WORTH_DB less: half a decibel a percent is what a search pays, and these save tens.
         budget: limits on drift; outputs that are within them stay so.
         accepts: see `search.Goal`; where it refuses, the last are float again, one by one.
+        against: what each output is held against.
     """
     if not names:
         return Laid(int8=int8, plan=plan, layers=())
@@ -87,7 +89,7 @@ def improve(
 
     @cache
     def measured(chosen: tuple[str, ...]) -> Drift:
-        return drift.measure(zip(expected, map(graph.runner(made(chosen)), batches), strict=True))
+        return drift.measure(zip(expected, map(graph.runner(made(chosen)), batches), strict=True), against)
 
     def within(found: Drift) -> bool:
         return all(line.met for line in gate.limits(budget, found, 1.0, 0, 0))

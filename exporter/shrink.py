@@ -33,6 +33,7 @@ from exporter.batches import Array, Batch
 from exporter.prepare import edit
 from exporter.qparams import symmetric
 from runtime import drift
+from runtime.drift import NOTHING_KNOWN, Ground
 
 # a smaller float weight is not worth two more nodes
 LEAST_BYTES = 16 << 10
@@ -105,6 +106,7 @@ def weights(
     left: Collection[str] = (),
     aim_db: float = bear.AIM_DB,
     floor_db: float = -math.inf,
+    against: Mapping[str, Ground] = NOTHING_KNOWN,
 ) -> Shrunk:
     """Turn large float weights into codes, as many as the outputs bear.
 
@@ -117,6 +119,7 @@ def weights(
         left: nodes whose weights stay as they are, for instance because a rule calls the node float.
         aim_db: an SNR that is enough.
         floor_db: one that is required: a graph that has it keeps it.
+        against: what each output is held against.
 
     Raises:
         RunError: ONNX Runtime cannot run the graph, as it is or with codes.
@@ -127,7 +130,7 @@ def weights(
 
     def snr_db(chosen: Collection[str]) -> float:
         run = graph.runner(_with_codes(int8, chosen))
-        return drift.measure(zip(expected, map(run, batches), strict=True)).worst_snr_db
+        return drift.measure(zip(expected, map(run, batches), strict=True), against).worst_snr_db
 
     if not names:
         stored = tuple(_stored(int8, name, why, None) for name, why in refused.items())

@@ -12,8 +12,9 @@ import onnxruntime as ort
 from runtime import drift as drifts
 from runtime import manifest as manifests
 from runtime.bundle import Bundle, require_opened, risk
-from runtime.drift import Drift, OutputDrift
+from runtime.drift import Drift, OutputDrift, PartDrift
 from runtime.errors import DriftExceeded, PacklightError
+from runtime.judged import Judged
 from runtime.kernels import kernels
 from runtime.manifest import Budget, Machine, canonical
 from runtime.session import PROVIDERS, open_session
@@ -33,15 +34,21 @@ IN_FLOAT = {"session.disable_quant_qdq": "1"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One limit held against what was found: `what` is the metric and its output, as in "snr_db logits"."""
+    """One limit held against what was found: `what` is the metric and its output, as in "snr_db logits".
+
+    cause: what a reader should know where it is not met.
+    """
 
     what: str
     found: float
     limit: float
     met: bool
+    cause: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what}: {number(self.found)} ({'at most' if _is_ceiling(self.what) else 'at least'} {number(self.limit)})"
+        side = "at most" if _is_ceiling(self.what) else "at least"
+        cause = f", {self.cause}" if self.cause and not self.met else ""
+        return f"{self.what}: {number(self.found)} ({side} {number(self.limit)}){cause}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +114,20 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
     about, probes, here_cpu = bundle.manifest, bundle.probes(), cpu.read()
     here = [bundle.run(probe.inputs) for probe in probes]
     recorded, fp32 = [probe.int8 for probe in probes], [probe.fp32 for probe in probes]
-    quantization, device = _between(fp32, recorded), _between(recorded, here)
-    drift, q = _between(fp32, here), relative(device, quantization)
+    quantization, device, drift = (
+        _between(reference, candidate, about.judged)
+        for reference, candidate in ((fp32, recorded), (recorded, here), (fp32, here))
+    )
+    q = relative(device, quantization)
     integer_macs = kernels(bundle, probes[0].inputs, runs=1).integer_macs
-    floats = {tensor.name for tensor in about.outputs if tensor.dtype.startswith("float")}
+    floats = {output.name for output in drift.outputs if output.by == "reals"}
     least = max(min_integer_macs or 0.0, about.budget.min_integer_macs or 0.0) or None
     asked = replace(about.budget, min_integer_macs=least)
     lines = (
         *limits(asked, drift, integer_macs, _size(bundle), _ram(bundle)),
         *(line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items() if name in floats),
         *(
-            line(f"exact {output.name}", float(output.max_abs == 0), 1.0)
+            line(f"exact {output.name}", float(output.equal == 1), 1.0)
             for output in device.outputs
             if _promised_exact(bundle, here_cpu)
         ),
@@ -132,7 +142,7 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
         kernel=_kernel_error(bundle, probes, here),
         device=device,
         q=q,
-        exact=all(output.max_abs == 0 for output in device.outputs),
+        exact=all(output.equal == 1 for output in device.outputs),
         cpu=here_cpu,
         recorded_on=about.recorded_on,
         onnxruntime=ort.__version__,
@@ -163,12 +173,29 @@ def limits(budget: Budget, drift: Drift, integer_macs: float, size_bytes: int, r
             assert found is not None, "who asks for a limit measures it"
             yield line(metric, float(found), limit)
             continue
-        outputs = [(o.name, value) for o in drift.outputs if (value := getattr(o, metric)) is not None]
-        if not outputs:
-            shape = "a float output of shape [rows, classes]"
+        found_lines = [line for output in drift.outputs for line in _of_output(output, metric, limit)]
+        if not found_lines and metric == "same_top1":
+            shape = "a float output of shape [rows, classes], or one of integers"
             raise PacklightError(f"budget {name}", found="no such output", expected=shape, do="drop the limit")
-        for output, value in outputs:
-            yield line(f"{metric} {output}", value, limit)
+        yield from found_lines
+
+
+def _of_output(output: OutputDrift, metric: str, limit: float) -> Iterator[Line]:
+    """A limit on drift held against one output: real numbers; of integers the share that is equal, where top-1 is limited."""
+    if output.by == "equal" and metric == "same_top1":
+        yield line(f"equal {output.name}", output.equal or 0.0, limit)
+    if output.by != "reals" or (value := getattr(output, metric)) is None:
+        return
+    yield line(f"{metric} {output.name}", value, limit)
+    if metric == "snr_db" and (worst := output.worst) is not None:
+        where = f" {worst.where}" if worst.where else ""
+        yield line(f"varying_db {output.name}{where}", worst.judged_db, limit, _lost(worst))
+
+
+def _lost(part: PartDrift) -> str:
+    """What an unmet limit on what varies says: how much varies beside how large the error is."""
+    varies = f"varies by {part.part.varying_rms:.3g}" if part.varying_db is not None else "is constant"
+    return f"which {varies} (rms) beside an error of {part.rms:.3g}"
 
 
 def coverage(integer_macs: float) -> str:
@@ -206,12 +233,10 @@ def junit(verdict: Verdict, name: str) -> str:
 def markdown(verdict: Verdict, name: str) -> str:
     """A page for a pull request or a job summary: the verdict, the limits, the drift of each output with its coverage."""
     limits = [
-        f"| {_cell(line.what)} | {number(line.found)} | {number(line.limit)} | {'yes' if line.met else '**no**'} |"
-        for line in verdict.lines
+        f"| {_cell(line.what)} | {number(line.found)} | {number(line.limit)} | {_met(line)} |" for line in verdict.lines
     ]
     outputs = [
-        f"| {_cell(o.name)} | {o.snr_db:.2f} | {o.cosine:.6f} | {o.max_abs:.4g} | "
-        f"{'' if o.same_top1 is None else f'{100 * o.same_top1:.2f} %'} | {100 * verdict.integer_macs:.1f} % |"
+        f"| {_cell(o.name)} | {' | '.join(numbers(o))} | {100 * verdict.integer_macs:.1f} % |"
         for o in verdict.drift.outputs
     ]
     return "\n".join(
@@ -226,8 +251,8 @@ def markdown(verdict: Verdict, name: str) -> str:
                 else ["No limit was asked for."]
             ),
             "",
-            "| output | SNR dB | cosine | max abs | same top-1 | integer MACs |",
-            "|---|---|---|---|---|---|",
+            "| output | SNR dB | varying dB | cosine | max abs | same top-1 | integer MACs |",
+            "|---|---|---|---|---|---|---|",
             *outputs,
             "",
             "| error | SNR dB | integer MACs | of what, against what |",
@@ -241,6 +266,20 @@ def markdown(verdict: Verdict, name: str) -> str:
             *(f"- {note}" for note in verdict.notes),
             "",
         ]
+    )
+
+
+def numbers(output: OutputDrift) -> tuple[str, str, str, str, str]:
+    """SNR, that of what varies, cosine, largest error, same top-1; of integers and sets only the share that is the same."""
+    if output.by != "reals":
+        share = output.equal if output.by == "equal" else output.matched
+        return "", "", "", "", f"{100 * (share or 0.0):.2f} %"
+    return (
+        f"{output.snr_db:.2f}",
+        "" if output.worst is None else f"{output.worst.judged_db:.2f}",
+        f"{output.cosine:.6f}",
+        f"{output.max_abs:.4g}",
+        "" if output.same_top1 is None else f"{100 * output.same_top1:.2f} %",
     )
 
 
@@ -282,17 +321,20 @@ def device_text(verdict: Verdict) -> str:
     )
 
 
-def line(what: str, found: float, limit: float) -> Line:
+def line(what: str, found: float, limit: float, cause: str = "") -> Line:
     """One number against one limit: at most it for a `max_...` and a `device_q`, at least it for all others."""
-    return Line(what=what, found=found, limit=limit, met=found <= limit if _is_ceiling(what) else found >= limit)
+    met = found <= limit if _is_ceiling(what) else found >= limit
+    return Line(what=what, found=found, limit=limit, met=met, cause=cause)
 
 
 def _is_ceiling(what: str) -> bool:
     return what.startswith(("max_", "device_q"))
 
 
-def _between(reference: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]]) -> Drift:
-    return drifts.measure(zip(reference, candidate, strict=True))
+def _between(
+    reference: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]], judged: Mapping[str, Judged]
+) -> Drift:
+    return drifts.measure(zip(reference, candidate, strict=True), drifts.grounds(judged))
 
 
 def relative(device: Drift, quantization: Drift) -> dict[str, float]:
@@ -326,10 +368,8 @@ def _kernel_error(bundle: Bundle, probes: Sequence[Probe], here: Sequence[Mappin
         return None
     session = open_session(model, threads=bundle.threads, entries={**bundle.manifest.session, **IN_FLOAT})
     names = [tensor.name for tensor in bundle.manifest.outputs]
-    return drifts.measure(
-        (dict(zip(names, session.run(names, dict(probe.inputs)), strict=True)), outputs)
-        for probe, outputs in zip(probes, here, strict=True)
-    )
+    in_float = (dict(zip(names, session.run(names, dict(probe.inputs)), strict=True)) for probe in probes)
+    return drifts.measure(zip(in_float, here, strict=True), drifts.grounds(bundle.manifest.judged))
 
 
 def _size(bundle: Bundle) -> int:
@@ -350,6 +390,10 @@ def _notes(bundle: Bundle, here: Cpu) -> Iterator[str]:
     made = bundle.manifest.versions.get("onnxruntime", "")
     if made and made != ort.__version__:
         yield f"exported with onnxruntime {made}, run here by {ort.__version__}"
+
+
+def _met(line: Line) -> str:
+    return "yes" if line.met else f"**no**{f', {_cell(line.cause)}' if line.cause else ''}"
 
 
 def _cell(text: str) -> str:

@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 
 from runtime.errors import BundleError
+from runtime.judged import Judged
+from runtime.judged import read as _judged
 from runtime.preprocess import Preprocessing
 from runtime.preprocess import read as _preprocessing
 
@@ -96,6 +98,7 @@ class Manifest:
 
     pair_rule: the int8 weights keep the pair rule, under which no x86 kernel since AVX2 saturates.
     exact_on: machines on which the int8 outputs are those of the probe bit for bit.
+    judged: {output: how it is compared}; one that is not listed is compared by its kind of number, as a whole.
     """
 
     format: int = FORMAT
@@ -109,6 +112,7 @@ class Manifest:
     recorded_on: Machine
     session: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     budget: Budget = field(default_factory=Budget)
+    judged: Mapping[str, Judged] = field(default_factory=lambda: MappingProxyType({}))
     preprocessing: Preprocessing | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -228,9 +232,12 @@ def _manifest(value: object, at: _Place) -> Manifest:
         recorded_on=_machine(table["recorded_on"], at.key("recorded_on")),
         session=_session(table["session"], at.key("session")),
         budget=_budget(table["budget"], at.key("budget")),
+        judged=_mapping(table["judged"], at.key("judged"), _judged),
         preprocessing=_preprocessing(table["preprocessing"], at.key("preprocessing")),
         versions=_mapping(table["versions"], at.key("versions"), _text),
     )
+    for name in found.judged.keys() - {tensor.name for tensor in found.outputs}:
+        at.key("judged").key(name).refuse(found="no output", expected="the name of an output")
     wanted = found.preprocessing
     if wanted is not None and (wanted.input, wanted.dtype) not in {(each.name, each.dtype) for each in found.inputs}:
         at.key("preprocessing").refuse(

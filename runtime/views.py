@@ -14,7 +14,7 @@ from rich.text import Text
 
 from runtime.bench import Timing
 from runtime.explain import Explanation
-from runtime.gate import Verdict, coverage, device_text, errors, here, number
+from runtime.gate import Verdict, coverage, device_text, errors, here, number, numbers
 from runtime.manifest import canonical
 
 if TYPE_CHECKING:
@@ -45,11 +45,10 @@ def verdict(value: Verdict, name: str) -> RenderableType:
             limits.add_row(middle(line.what, 40), number(line.found), number(line.limit), met)
         parts.append(limits)
     parts.append(_errors(value))
-    outputs = _table("output", "SNR dB", "cosine", "max abs", "same top-1", "integer MACs")
+    parts += [Text(f"{line.what}: {line.cause}", style="red") for line in value.lines if line.cause and not line.met]
+    outputs = _table("output", "SNR dB", "varying", "cosine", "max abs", "same top-1", "integer MACs")
     for o in value.drift.outputs:
-        top1 = "" if o.same_top1 is None else _percent(o.same_top1)
-        row = (f"{o.snr_db:.2f}", f"{o.cosine:.6f}", f"{o.max_abs:.4g}", top1, _percent(value.integer_macs))
-        outputs.add_row(middle(o.name, 20), *row)
+        outputs.add_row(middle(o.name, 16), *numbers(o), _percent(value.integer_macs))
     return Group(
         *parts,
         outputs,

@@ -44,14 +44,11 @@ SHARED = {
     "recipe",
     "target",
     "budget",
+    "varies",
 }
 STAGES = (
     "source",
     "meant",
-    "precision",
-    "call",
-    "fake_quantize",
-    "blame",
     "trace",
     "prepare",
     "calibrate",

@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, varies
 from exporter.batches import Array, Batch
 from exporter.calibrate import methods
 from exporter.calibrate.domain import distinguish
@@ -243,7 +243,7 @@ def _used(int8: ir.Model, ranges: Ranges) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Errors:
-    """Squares of FP32 outputs and of what int8 outputs differ by, float64 [batches, outputs]."""
+    """Squares of what varies in FP32 outputs, and of what int8 outputs differ by, float64 [batches, parts of outputs]."""
 
     signal: Array
     noise: Array
@@ -271,17 +271,18 @@ def _worst_db(signal: Array, noise: Array) -> Array:
 def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Callable[[Ranges], Errors]:
     """A function ranges -> errors of the int8 model with these ranges against FP32 (`graph.unsquashed`)."""
     expected = list(map(graph.runner(graph.unsquashed(model)), batches))
-    names = [name for name, value in expected[0].items() if value.dtype.kind == "f"] or [*expected[0]]
-    signal = np.array([[_square(made[name]) for name in names] for made in expected])
+    parts = varies.moving(varies.grounds(graph.unsquashed(model), expected, batches), expected)
+    names = [part.output for part in parts]
+    signal = np.array([[_square(part.varying(made)) for part in parts] for made in expected])
     patch = patcher(model, graph.unsquashed(with_real_weights(model, int8)))
 
     def measure(ranges: Ranges) -> Errors:
         opened = session.open_session(patch(ranges), entries=graph.AS_WRITTEN)
-        wanted = [value.name for value in opened.get_inputs()]
+        wanted, asked = [value.name for value in opened.get_inputs()], list(dict.fromkeys(names))
         noise = np.zeros_like(signal)
         for row, (batch, real) in enumerate(zip(batches, expected, strict=True)):
-            made = opened.run(names, {name: batch[name] for name in wanted})
-            noise[row] = [_square(real[name] - each) for name, each in zip(names, made, strict=True)]
+            made = dict(zip(asked, opened.run(asked, {name: batch[name] for name in wanted}), strict=True))
+            noise[row] = [_square(part.of(real) - part.of(made)) for part in parts]
         return Errors(signal=signal, noise=noise)
 
     return measure

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporter import heldout
-from exporter.batches import Batch
+from exporter.batches import Batch, digest
 from exporter.calibrate.fold import fold
 from exporter.calibrate.memory import cut_chunks
 from exporter.cluster.connection import Cluster
@@ -15,7 +15,7 @@ from exporter.cluster.tasks import grouped
 from runtime import drift
 from runtime import manifest as manifests
 from runtime.bundle import verify
-from runtime.drift import Drift, Totals
+from runtime.drift import NOTHING_KNOWN, Drift, Ground, Totals, grounds
 from runtime.errors import PacklightError
 
 
@@ -26,6 +26,8 @@ class _Pair:
     fp32: bytes
     int8: bytes
     entries: tuple[tuple[str, str], ...]
+    against: Mapping[str, Ground] = field(compare=False)
+    against_digest: str
 
 
 def evaluate(cluster: Cluster, bundle: str | Path, batches: Iterable[Batch]) -> Drift:
@@ -43,24 +45,28 @@ def evaluate(cluster: Cluster, bundle: str | Path, batches: Iterable[Batch]) -> 
     if not (folder / manifests.FP32).is_file():
         raise PacklightError(str(folder / manifests.FP32), found="nothing", expected="the reference of the drift")
     fp32, int8 = ((folder / name).read_bytes() for name in (manifests.FP32, manifests.INT8))
-    found = total(cluster, fp32, int8, listed.session, batches)
+    found = total(cluster, fp32, int8, listed.session, batches, against=grounds(listed.judged))
     return found.drift() if found.batches else drift.measure([])
 
 
 def total(
-    cluster: Cluster, fp32: bytes, int8: bytes, entries: Mapping[str, str], batches: Iterable[Batch], first: int = 0
-) -> Totals:
+    cluster: Cluster, fp32: bytes, int8: bytes, entries: Mapping[str, str], batches: Iterable[Batch], first: int = 0,
+    against: Mapping[str, Ground] = NOTHING_KNOWN,
+) -> Totals:  # fmt: skip
     """The sums of the drift of `int8` against `fp32`: `drift.total` on a cluster. There may be no batch.
 
     Args:
         entries: session entries of the target, for `int8`.
+        against: what each output is held against.
         first: number of the first batch, for messages.
 
     Raises:
         CalibrationError: a batch that a model refuses, or on which the FP32 model gives NaN or infinity.
         ClusterError: see `observe`.
     """
-    asked = _Pair(fp32=fp32, int8=int8, entries=tuple(sorted(entries.items())))
+    asked = _Pair(
+        fp32=fp32, int8=int8, entries=tuple(sorted(entries.items())), against=against, against_digest=_digest(against)
+    )
     groups = grouped(cluster, asked, _comparer, drift.merge, cut_chunks(batches, first))
     found = fold((totals for totals, _ in groups), drift.merge)
     return drift.total([]) if found is None else found
@@ -69,4 +75,12 @@ def total(
 def _comparer(pair: _Pair) -> Callable[[Sequence[Batch], int], Totals]:
     """On a worker."""
     run = heldout.runner(pair.fp32, pair.int8, dict(pair.entries))
-    return lambda batches, start: drift.total((run(batch, start + n) for n, batch in enumerate(batches)), start)
+    return lambda batches, start: drift.total(
+        (run(batch, start + n) for n, batch in enumerate(batches)), start, pair.against
+    )
+
+
+def _digest(against: Mapping[str, Ground]) -> str:
+    """Of what cannot be hashed by itself: a worker opens its sessions once for all tasks that ask the same."""
+    constants = {name: ground.constant for name, ground in against.items() if ground.constant is not None}
+    return f"{digest(constants)} {sorted((name, ground.judged) for name, ground in against.items())}"

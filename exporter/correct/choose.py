@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporter import graph, proof, quantize
+from exporter import graph, proof, quantize, varies
 from exporter.batches import Array, Batch
 from exporter.calibrate import Interval, Ranges, intervals
 from exporter.correct import bias, gptq, layers, rounding, smooth
@@ -98,6 +98,7 @@ def improve(
     pairs = target.pairs_in_int16
     seen, unseen = apart(batches)
     expected = list(map(graph.runner(graph.unsquashed(model)), unseen))
+    against = varies.grounds(graph.unsquashed(model), expected, unseen)
 
     def nearest(ground: _Ground) -> tuple[_Ground, Mapping[str, Rounded], ir.Model]:
         """The codes rounded to nearest, which the quantizer makes itself where no pair rule is asked for; the int8 graph."""
@@ -106,7 +107,7 @@ def improve(
 
     def db(model: ir.Model) -> float:
         run = graph.runner(graph.unsquashed(model))
-        return drift.measure(zip(expected, map(run, unseen), strict=True)).worst_snr_db
+        return drift.measure(zip(expected, map(run, unseen), strict=True), against).worst_snr_db
 
     tried: list[Correction] = []
     ground, plain, int8 = nearest(_Ground(model=model, ranges=ranges, means=means, moved=None))

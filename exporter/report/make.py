@@ -35,8 +35,10 @@ from runtime import cpu, gate, memory
 from runtime import manifest as manifests
 from runtime.bench import CPU_SECONDS, measure
 from runtime.bundle import load
+from runtime.drift import OutputDrift
 from runtime.explain import ADDED
 from runtime.gate import Line
+from runtime.judged import Judged
 from runtime.kernels import Kernel
 from runtime.manifest import Budget, Machine, Manifest
 from runtime.session import open_session
@@ -68,9 +70,9 @@ def make(
         name=source.name,
         recipe=recipe.name,
         target=recipe.target,
+        notes=notes,
         traced_by=traced.exporter,
         proved=traced.sizes,
-        notes=(*notes, *traced.notes, *_beside_given(prepared)),
         rewrites=prepared.rewrites,
         calibration_batches=collected.ranges.batches,
         skipped=skipped,
@@ -123,8 +125,16 @@ def manifest(
         recorded_on=Machine(machine=cpu.machine(), flags=cpu.flags()),
         session=target.session,
         budget=_budget(recipe),
+        judged={output.name: _judged(output) for output in recorded.drift.outputs},
         preprocessing=data.preprocessing(recipes.data(recipe), graph.inputs(prepared.reference)),
         versions=_versions(),
+    )
+
+
+def _judged(output: OutputDrift) -> Judged:
+    """How a device judges an output: as the export did, what varies in each part as held-out batches had it."""
+    return Judged(
+        by=output.by, axis=output.axis, batched=output.batched, parts=tuple(each.part for each in output.parts)
     )
 
 
@@ -182,11 +192,6 @@ def _scores(out: Path, evaluate: Evaluate) -> dict[str, tuple[float, float]]:
     reference = metrics(evaluate, lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
     candidate = metrics(evaluate, load(out).run)
     return {metric: (value, candidate[metric]) for metric, value in reference.items() if metric in candidate}
-
-
-def _beside_given(prepared: Prepared) -> Iterable[str]:
-    if prepared.given_db is not None:
-        yield f"the file's own precision gives {prepared.given_db:.1f} dB beside it"
 
 
 def _searched(recipe: Recipe, better: Improved) -> Searched:

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from exporter.report.value import Report
     from exporter.search import Point
     from exporter.shrink import Stored
+    from runtime.drift import OutputDrift
 
 WIDTH = 80
 LABEL = 10
+NEAR_DB = 3.0  # what varies has an SNR of its own where it is lower by that
 WORST = 5  # tensors that are named; all of them are in report.json
 NEARLY_ALL = 1e-4  # a smaller share of values outside is not named, unless clipping it costs noticeably
 
@@ -35,11 +37,7 @@ def render(report: Report) -> str:
         *_row("integers", f"{_percent(report.integer_macs)} of {_millions(report.macs)} MACs ({_kernels(report)})"),
     ]
     for output in report.drift.outputs:
-        top1 = "" if output.same_top1 is None else f", same top-1 {_percent(output.same_top1)}"
-        text = (
-            f"{output.name}: SNR {output.snr_db:.1f} dB, cosine {output.cosine:.5f}, max abs {output.max_abs:.3g}{top1}"
-        )
-        lines += _row("drift", text)
+        lines += _row("drift", f"{output.name}: {_drift(output)}")
     phone = "" if report.ort_bytes is None else f"; model.int8.ort {_bytes(report.ort_bytes)}"
     memory = "" if report.ram_bytes is None else f"; {_bytes(report.ram_bytes)} of memory to run it"
     lines += _row("size", f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}{phone}{memory}")
@@ -64,6 +62,22 @@ def render(report: Report) -> str:
         "verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met)
     )
     return "\n".join(lines)
+
+
+def _drift(output: OutputDrift) -> str:
+    """How far one output is from FP32's, by its kind; what varies by itself where that says something else."""
+    if output.by == "equal":
+        return f"{_percent(output.equal or 0.0)} of integers equal"
+    if output.by == "set":
+        return f"{_percent(output.matched or 0.0)} of its items have a partner"
+    top1 = "" if output.same_top1 is None else f", same top-1 {_percent(output.same_top1)}"
+    worst, varying = output.worst, ""
+    if worst is not None and worst.judged_db < output.snr_db - NEAR_DB:
+        where = f" in {worst.where}" if worst.where else ""
+        varying = f", {worst.judged_db:.1f} dB of what varies{where}"
+    constant = ", constant" if output.constant else ""
+    numbers = f"cosine {output.cosine:.5f}, max abs {output.max_abs:.3g}"
+    return f"SNR {output.snr_db:.1f} dB{varying}{constant}, {numbers}{top1}"
 
 
 def search(report: Report) -> str:

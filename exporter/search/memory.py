@@ -24,7 +24,16 @@ FORMAT = 1
 FOLDER, SUFFIX = "search", ".json"  # beside calibration's, in the same cache
 LIMIT_BYTES = 64 << 20
 # What decides how a plan is built and compared
-CODE = ("score.py", "plans.py", "variant.py", "../place.py", "../dynamic.py", "../gates.py", "../graph.py")
+CODE = (
+    "score.py",
+    "plans.py",
+    "variant.py",
+    "../place.py",
+    "../dynamic.py",
+    "../gates.py",
+    "../graph.py",
+    "../varies.py",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, varies
 from exporter.batches import Array, Batch
 from exporter.budget import Accepts
 from exporter.correct import Opened
@@ -160,6 +160,18 @@ class Scores:
             return self.outputs
         return list(map(graph.runner(graph.unsquashed(self.problem.plans.model)), self.problem.batches))
 
+    @cached_property
+    def grounds(self) -> Mapping[str, drift.Ground]:
+        """What the drift of the outputs is held against."""
+        return varies.grounds(self.problem.plans.model, self.outputs, self.problem.batches)
+
+    @cached_property
+    def inner_grounds(self) -> Mapping[str, drift.Ground]:
+        """The same of what a last Softmax or Sigmoid reads."""
+        if not self.squashed:
+            return self.grounds
+        return varies.grounds(graph.unsquashed(self.problem.plans.model), self.inner, self.problem.batches)
+
     def name(self, choice: Choice) -> str:
         plans = self.problem.plans
         return costs.name_of(plans.in_order(choice.floats), plans.in_order(choice.dynamic), choice.opened)
@@ -232,10 +244,11 @@ class Scores:
         """Run the plan's int8 graph beside FP32."""
         expected, inner = self.outputs, self.inner
         start, batches, int8 = self.clock(), self.problem.batches, self.int8(choice)
-        found = drift.measure(zip(expected, map(graph.runner(int8), batches), strict=True))
+        found = drift.measure(zip(expected, map(graph.runner(int8), batches), strict=True), self.grounds)
         noise = found
         if self.squashed:
-            noise = drift.measure(zip(inner, map(graph.runner(graph.unsquashed(int8)), batches), strict=True))
+            made = map(graph.runner(graph.unsquashed(int8)), batches)
+            noise = drift.measure(zip(inner, made, strict=True), self.inner_grounds)
         macs = sum(d.macs for d in plan.decisions)
         share = sum(d.macs for d in plan.decisions if d.precision != "float") / max(1, macs)
         met = all(line.met for line in gate.limits(self.goal.budget, found, share, 0, 0))

@@ -1,7 +1,7 @@
 // Verified bundle + onnxruntime-web -> verdict: what runtime/gate.py does on a device, here in wasm.
 
 import { fits } from './bundle.mjs';
-import { deviceQ, measure } from './drift.mjs';
+import { deviceQ, judgedDb, measure, placeOf, worst } from './drift.mjs';
 import { integerMacs, median, trace } from './kernels.mjs';
 import { INT8, KEYS } from './manifest.mjs';
 import { Refusal } from './refusal.mjs';
@@ -31,10 +31,14 @@ export async function check(ort, bundle, { collect, say = () => {} }) {
   say('opening the model');
   const { here, timing } = await run(ort, bundle, say);
   const [fp32, recorded] = [batches.map((batch) => batch.fp32), batches.map((batch) => batch.int8)];
-  const [drift, quantization, device] = [measure(fp32, here), measure(fp32, recorded), measure(recorded, here)];
+  const [drift, quantization, device] = [
+    measure(fp32, here, manifest.judged),
+    measure(fp32, recorded, manifest.judged),
+    measure(recorded, here, manifest.judged),
+  ];
   const q = deviceQ(device, quantization);
   say('running it once more with Q/DQ in float');
-  const kernel = bundle.modelName === INT8 ? measure(await inFloat(ort, bundle), here) : null;
+  const kernel = bundle.modelName === INT8 ? measure(await inFloat(ort, bundle), here, manifest.judged) : null;
   say('reading which kernels ran');
   const kernels = await trace(
     (entries) => open(ort, bundle, { entries, profile: true }),
@@ -46,10 +50,10 @@ export async function check(ort, bundle, { collect, say = () => {} }) {
   const lines = [
     ...limits(manifest.budget, drift, integer, bundle.model.length),
     ...Object.entries(q)
-      .filter(([name]) => manifest.outputs.find((output) => output.name === name).dtype.startsWith('float'))
+      .filter(([name]) => drift.outputs.find((output) => output.name === name).by === 'reals')
       .map(([name, found]) => ceiling(`device_q ${name}`, found, Q_LIMIT)),
     ...(manifest.exact_on.includes(MACHINE)
-      ? device.outputs.map(({ name, max_abs: off }) => floor(`exact ${name}`, Number(off === 0), 1))
+      ? device.outputs.map(({ name, equal }) => floor(`exact ${name}`, Number(equal === 1), 1))
       : []),
   ];
   const met = lines.every((line) => line.met);
@@ -64,7 +68,7 @@ export async function check(ort, bundle, { collect, say = () => {} }) {
     kernel,
     device,
     q,
-    exact: device.outputs.every((output) => output.max_abs === 0),
+    exact: device.outputs.every((output) => output.equal === 1),
     timing,
     kernels,
     machine: MACHINE,
@@ -191,13 +195,27 @@ function limits(budget, drift, integer, sizeBytes) {
     if (metric === 'integer_macs') lines.push(hold(metric, integer, limit));
     else if (metric === 'max_size_bytes') lines.push(hold(metric, sizeBytes, limit));
     else {
-      const found = drift.outputs.filter((output) => output[metric] !== null);
-      if (!found.length) {
-        const expected = 'a float output of shape [rows, classes]';
+      const found = drift.outputs.flatMap((output) => ofOutput(output, metric, limit, hold));
+      if (!found.length && metric === 'same_top1') {
+        const expected = 'a float output of shape [rows, classes], or one of integers';
         throw new Refusal(`budget ${name}`, { found: 'no such output', expected, advice: 'drop the limit' });
       }
-      lines.push(...found.map((output) => hold(`${metric} ${output.name}`, output[metric], limit)));
+      lines.push(...found);
     }
+  }
+  return lines;
+}
+
+/** A limit on drift held against one output: real numbers; of integers the share that is equal, where top-1 is limited. */
+function ofOutput(output, metric, limit, hold) {
+  if (output.by === 'equal' && metric === 'same_top1') return [hold(`equal ${output.name}`, output.equal, limit)];
+  if (output.by !== 'reals' || output[metric] === null) return [];
+  const lines = [hold(`${metric} ${output.name}`, output[metric], limit)];
+  if (metric === 'snr_db' && output.parts.length) {
+    const part = worst(output.parts);
+    const [where, varies] = [placeOf(part.part), part.varying_db === null ? 'is constant' : `varies by ${part.part.varying_rms.toPrecision(3)}`];
+    const cause = `which ${varies} (rms) beside an error of ${part.rms.toPrecision(3)}`;
+    lines.push({ ...hold(`varying_db ${output.name}${where && ` ${where}`}`, judgedDb(part), limit), cause });
   }
   return lines;
 }

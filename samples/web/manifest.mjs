@@ -15,7 +15,7 @@ export const DTYPES = [
 export const KEYS = {
   Manifest: [
     'format', 'name', 'target', 'inputs', 'outputs', 'files', 'pair_rule', 'exact_on', 'recorded_on', 'session', 'budget',
-    'preprocessing', 'versions',
+    'judged', 'preprocessing', 'versions',
   ],
   Preprocessing: [
     'input', 'channels', 'resize', 'interpolation', 'crop', 'scale', 'mean', 'std', 'layout', 'dtype',
@@ -23,6 +23,8 @@ export const KEYS = {
   Tensor: ['name', 'dtype', 'shape'],
   File: ['sha256', 'size_bytes'],
   Machine: ['machine', 'flags'],
+  Judged: ['by', 'axis', 'batched', 'parts'],
+  Part: ['axis', 'runs', 'varying_rms'],
   Budget: [
     'min_snr_db', 'min_cosine', 'max_abs', 'min_same_top1', 'min_integer_macs', 'max_size_bytes', 'max_ram_bytes',
   ],
@@ -64,9 +66,40 @@ export function read(bytes) {
     }
   }
   budget(root.budget);
+  mapping(root.judged, 'judged', judged);
+  for (const name of Object.keys(root.judged)) {
+    if (!root.outputs.some((output) => output.name === name)) refuse(`judged.${name}`, 'no output', 'the name of an output');
+  }
   if (root.preprocessing !== null) table(root.preprocessing, 'preprocessing', 'Preprocessing');
   mapping(root.versions, 'versions', text);
   return root;
+}
+
+function judged(value, place) {
+  table(value, place, 'Judged');
+  if (!['reals', 'equal', 'set'].includes(value.by)) refuse(`${place}.by`, value.by, 'one of reals, equal, set');
+  axis(value.axis, `${place}.axis`);
+  if (typeof value.batched !== 'boolean') refuse(`${place}.batched`, value.batched, 'true or false');
+  if (!Array.isArray(value.parts)) refuse(`${place}.parts`, value.parts, 'a list');
+  value.parts.forEach((part, number) => {
+    const at = `${place}.parts[${number}]`;
+    table(part, at, 'Part');
+    if (part.axis !== null) axis(part.axis, `${at}.axis`);
+    if (!Array.isArray(part.runs) || (part.runs.length > 0) === (part.axis === null)) {
+      refuse(`${at}.runs`, part.runs, 'a list, empty where axis is null and only there');
+    }
+    for (const run of part.runs) {
+      const fits = Array.isArray(run) && run.length === 2 && run.every(Number.isInteger) && run[0] >= 0 && run[0] < run[1];
+      if (!fits) refuse(`${at}.runs`, run, '[start, stop] with 0 <= start < stop');
+    }
+    if (part.varying_rms !== null && !(Number.isFinite(part.varying_rms) && part.varying_rms >= 0)) {
+      refuse(`${at}.varying_rms`, part.varying_rms, 'a number >= 0 or null');
+    }
+  });
+}
+
+function axis(value, place) {
+  if (!Number.isInteger(value) || value < 0 || value >= 64) refuse(place, value, 'an axis, 0..63');
 }
 
 function parse(bytes) {

@@ -2,6 +2,7 @@
 // ?bundle=FOLDER is a folder of this server (default: bundle/ beside this page); ?ort takes model.int8.ort.
 
 import { couldNotRun, Q_LIMIT, toJson } from './check.mjs';
+import { judgedDb, worst as worstPart } from './drift.mjs';
 import { Refusal } from './refusal.mjs';
 
 const at = (id) => document.getElementById(id);
@@ -73,7 +74,8 @@ const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const coverage = ({ integer_macs: share }) => `${percent(share)} of MACs in integer kernels`;
 const decimals = (number, digits) => (Number.isFinite(number) ? number.toFixed(digits) : number > 0 ? '∞' : '−∞');
 const brief = (number) => (Number.isFinite(number) ? String(Number(number.toPrecision(5))) : decimals(number));
-const worst = (drift) => Math.min(...drift.outputs.map((output) => output.snr_db));
+const varying = (output) => (output.parts.length ? judgedDb(worstPart(output.parts)) : output.snr_db);
+const worst = (drift) => Math.min(...drift.outputs.filter(({ by }) => by === 'reals').map((output) => Math.min(output.snr_db, varying(output))));
 
 function device({ exact, q }) {
   if (exact) return 'int8 outputs equal those recorded at export';
@@ -89,14 +91,18 @@ function tables(verdict) {
   const { drift, quantization, kernel, device: moved, lines, timing, kernels, q, notes } = verdict;
   const share = percent(verdict.integer_macs);
   const top1 = (output) => (output.same_top1 === null ? '' : percent(output.same_top1));
+  const numbers = (o) =>
+    o.by === 'reals'
+      ? [decimals(o.snr_db, 2), decimals(varying(o), 2), o.cosine.toFixed(6), brief(o.max_abs), top1(o)]
+      : ['', '', '', '', percent(o.by === 'equal' ? o.equal : o.matched)];
   const shapes = Object.entries(timing.shapes).map(([name, shape]) => `${name} [${shape.join(', ')}]`);
   return [
     card(
       'Drift',
       small(`int8 here against FP32 recorded at export, over ${drift.batches} held-out batches`),
       table(
-        ['output', '#SNR dB', '#cosine', '#max abs', '#same top-1', '#integer MACs'],
-        drift.outputs.map((o) => [o.name, decimals(o.snr_db, 2), o.cosine.toFixed(6), brief(o.max_abs), top1(o), share]),
+        ['output', '#SNR dB', '#varying dB', '#cosine', '#max abs', '#same top-1', '#integer MACs'],
+        drift.outputs.map((o) => [o.name, ...numbers(o), share]),
       ),
     ),
     card(
@@ -106,7 +112,7 @@ function tables(verdict) {
       ),
       table(
         ['output', '#q', 'exact'],
-        moved.outputs.map((o) => [o.name, decimals(q[o.name], 3), o.max_abs === 0 ? 'yes' : 'no']),
+        moved.outputs.map((o) => [o.name, decimals(q[o.name], 3), o.equal === 1 ? 'yes' : 'no']),
       ),
       table(
         ['error', '#worst SNR dB', '#integer MACs', 'of what, against what'],

@@ -10,6 +10,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ import pytest
 import exporter
 import runtime
 from exporter import ort_format
-from runtime import cpu, drift, manifest
+from runtime import cpu, drift, judged, manifest
+from runtime.judged import Judged
 from runtime.manifest import Budget, Manifest
 from runtime.probe import Probe, read_probe, write_arrays, write_probe
 from tests import models
@@ -76,8 +78,23 @@ def same(found: Mapping[str, Any], expected: runtime.Drift) -> None:
     for output, ours in zip(found["outputs"], numbers(expected).values(), strict=True):
         assert output.keys() == ours.keys()
         for name, value in ours.items():
-            here = float(output[name]) if isinstance(value, float) else output[name]
-            assert here == (pytest.approx(value, rel=CLOSE) if isinstance(value, float) else value), name
+            close(output[name], value, name)
+
+
+def close(found: Any, ours: Any, where: str) -> None:
+    """Hold a JSON value against a value of ours, numbers as CLOSE as they must be."""
+    if isinstance(ours, float):
+        assert float(found) == pytest.approx(ours, rel=CLOSE), where
+    elif isinstance(ours, dict):
+        assert found.keys() == ours.keys(), where
+        for name, value in ours.items():
+            close(found[name], value, f"{where}.{name}")
+    elif isinstance(ours, tuple):
+        assert len(found) == len(ours), where
+        for each, value in zip(found, ours, strict=True):
+            close(each, value, where)
+    else:
+        assert found == ours, where
 
 
 @pytest.mark.parametrize("name", ["residual", "two_input"])
@@ -94,10 +111,11 @@ def test_portable_bundle_is_met_in_wasm_and_every_number_is_what_python_says(
     )
     status, verdict = web.check_in_node(page, folder, "--outputs", str(outputs))
     assert (status, verdict["verdict"]) == (0, "met")
-    probes, here = runtime.load(folder).probes(), web.read_outputs(outputs)
+    bundle, here = runtime.load(folder), web.read_outputs(outputs)
+    probes, about = bundle.probes(), bundle.manifest.judged
     fp32, recorded = [probe.fp32 for probe in probes], [probe.int8 for probe in probes]
-    quantization, device = measure(fp32, recorded), measure(recorded, here)
-    same(verdict["drift"], measure(fp32, here))
+    quantization, device = measure(fp32, recorded, about), measure(recorded, here, about)
+    same(verdict["drift"], measure(fp32, here, about))
     same(verdict["quantization"], quantization)
     same(verdict["device"], device)
     for ours, cost in zip(device.outputs, quantization.outputs, strict=True):
@@ -106,8 +124,10 @@ def test_portable_bundle_is_met_in_wasm_and_every_number_is_what_python_says(
     assert verdict["exact"] == all(each.max_abs == 0 for each in device.outputs)
 
 
-def measure(reference: list[Any], candidate: list[Any]) -> runtime.Drift:
-    return drift.measure(zip(reference, candidate, strict=True))
+def measure(
+    reference: list[Any], candidate: list[Any], about: Mapping[str, Judged] = MappingProxyType({})
+) -> runtime.Drift:
+    return drift.measure(zip(reference, candidate, strict=True), drift.grounds(about))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +255,7 @@ def test_key_that_is_there_twice_is_refused(page: Path, own: Path) -> None:
 def test_keys_and_entries_of_the_format_are_those_of_python(page: Path) -> None:
     code = f"import {{KEYS, ENTRIES, DTYPES, FORMAT}} from {json.dumps((page / 'manifest.mjs').as_uri())};"
     found = node(f"{code} console.log(JSON.stringify({{KEYS, ENTRIES, DTYPES, FORMAT}}))")
-    kinds = {name: getattr(manifest, name) for name in found["KEYS"]}
+    kinds = {name: getattr(manifest, name, None) or getattr(judged, name) for name in found["KEYS"]}
     assert found["KEYS"] == {name: [field.name for field in dataclasses.fields(kind)] for name, kind in kinds.items()}
     assert set(found["ENTRIES"]) == manifest.ENTRIES
     assert (set(found["DTYPES"]), found["FORMAT"]) == (manifest.DTYPES, manifest.FORMAT)

@@ -10,6 +10,7 @@ import pytest
 
 from runtime import manifest as manifests
 from runtime.errors import BundleError
+from runtime.judged import Judged, Part
 from runtime.manifest import Budget, File, Machine, Manifest, Tensor
 
 EMPTY = File(sha256="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", size_bytes=0)
@@ -24,6 +25,7 @@ SMALL = Manifest(
     recorded_on=Machine(machine="x86_64", flags=("avx2",)),
     session={"optimization.disable_specified_optimizers": "SkipLayerNormFusion"},
     budget=Budget(min_snr_db=30.0),
+    judged={"logits": Judged(by="reals", parts=(Part(axis=1, runs=((0, 2),), varying_rms=0.5),))},
     versions={"onnxruntime": "1.31.1"},
 )
 SMALL_JSON = """{
@@ -60,6 +62,25 @@ SMALL_JSON = """{
    ]
   }
  ],
+ "judged": {
+  "logits": {
+   "axis": 0,
+   "batched": false,
+   "by": "reals",
+   "parts": [
+    {
+     "axis": 1,
+     "runs": [
+      [
+       0,
+       2
+      ]
+     ],
+     "varying_rms": 0.5
+    }
+   ]
+  }
+ },
  "name": "größe",
  "outputs": [
   {
