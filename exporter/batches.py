@@ -32,13 +32,16 @@ SCALED = (
 
 
 def as_array(value: Any, name: str) -> Array:
-    """An array, a torch tensor (any device, grad or not) or a plain number as a numpy array.
+    """An array, a torch tensor (any device, grad or not) or a plain number as a numpy array; bfloat16 as float32.
 
     Raises:
-        CalibrationError: objects, strings, ragged lists, tensors that numpy has no form of (bfloat16, sparse).
+        CalibrationError: objects, strings, ragged lists, tensors that numpy has no form of (sparse).
     """
     try:
-        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+        if hasattr(value, "detach"):
+            tensor = value.detach().cpu()
+            value = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+        array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CalibrationError(
             f"input {name!r}",

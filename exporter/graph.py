@@ -128,7 +128,7 @@ def unsquashed(model: ir.Model) -> ir.Model:
         if node is None or source is None:
             continue
         same = ir.node("Identity", [source], name=f"{node.name}_unsquashed")
-        same.outputs[0].type, same.outputs[0].shape = output.type, output.shape
+        same.outputs[0].type, same.outputs[0].shape = source.type or output.type, output.shape
         clone.graph.insert_after(node, same)
         clone.graph.outputs[position] = same.outputs[0]
         name, output.name = output.name, f"{output.name}_squashed"
@@ -138,9 +138,10 @@ def unsquashed(model: ir.Model) -> ir.Model:
 
 
 def squashing(output: ir.Value) -> ir.Node | None:
-    """The Softmax, LogSoftmax or Sigmoid that makes an output, also through a rounding; None where there is none."""
+    """The Softmax, LogSoftmax or Sigmoid that makes an output, also through a rounding or a Cast; None where there is none."""
     node = output.producer()
-    while node is not None and op(node) in ("DequantizeLinear", "QuantizeLinear") and node.inputs[0] is not None:
+    rounds = ("DequantizeLinear", "QuantizeLinear", "Cast")
+    while node is not None and op(node) in rounds and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node if node is not None and op(node) in SQUASHING else None
 

@@ -113,7 +113,7 @@ def _export(
     split = batches.split(first, second, inputs)
 
     tell.stage("rewrite the graph so that it quantizes well")
-    prepared = prepare.to_quantizable(traced.model, split.first)
+    prepared = prepare.to_quantizable(traced.model, split.first, traced.given)
 
     accepts = None
     if drops and evaluate is not None:  # before calibration: a metric that it does not return is refused

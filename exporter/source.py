@@ -40,6 +40,7 @@ class Source:
     inputs: one example per input, in the order of the module's arguments. Empty for ONNX, where the file says it.
     outputs: names for the results, in order. Empty for ONNX.
     dynamic: {input: {axis: label}}; equal labels are equal sizes. Output names are accepted and need not be given.
+    bfloat16: the inputs whose example was of that type; numpy has none, so theirs are float32 here and in the bundle.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Source:
     inputs: Mapping[str, Array]
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, str]]
+    bfloat16: tuple[str, ...] = ()
 
 
 def from_module(
@@ -80,7 +82,12 @@ def from_module(
         inputs=examples,
         outputs=tuple(outputs),
         dynamic=_input_axes(examples, dynamic or {}),
+        bfloat16=_bfloat16(inputs),
     )
+
+
+def _bfloat16(inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, value in inputs.items() if getattr(value, "dtype", None) == torch.bfloat16)
 
 
 def from_program(
@@ -117,6 +124,7 @@ def from_program(
         inputs={name: batches.as_array(value, name) for name, value in zip(names, values, strict=True)},
         outputs=tuple(outputs) or tuple(f"output_{i}" for i in range(count)),
         dynamic=_program_axes(program, names, values),
+        bfloat16=_bfloat16(dict(zip(names, values, strict=True))),
     )
 
 

@@ -2,19 +2,20 @@
 
 dynamo is tried first, TorchScript second; the first graph that passes the proof is kept. The proof runs both on the
 example and, where axes are dynamic, at other sizes too: an exporter that silently fixes a size does not pass.
+
+A module in half, bfloat16 or double precision is traced as a float32 copy; where that does not run (its forward names a type) as
+it is, and the graph is computed in float32. Its inputs and outputs keep their types.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import copy
 import io
 import re
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import NameFixPass
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._pytree import tree_leaves
 
-from exporter import graph, proof
+from exporter import blame, call, fake_quantize, graph, precision, proof
 from exporter.batches import Array, Batch
 from exporter.errors import TraceError
 from exporter.quiet import quiet
@@ -41,11 +41,14 @@ class Traced:
 
     exporter: "dynamo", "torchscript" or "onnx" (given as a file).
     sizes: the sizes the proof ran at, one {label: size} each; empty for a file.
+    notes: what the graph has otherwise than its source, a clause each. given: a file's own graph, where there are notes.
     """
 
     model: ir.Model
     exporter: str
     sizes: tuple[Mapping[str, int], ...]
+    notes: tuple[str, ...] = ()
+    given: ir.Model | None = None
 
 
 def to_onnx(source: Source) -> Traced:
@@ -55,38 +58,112 @@ def to_onnx(source: Source) -> Traced:
         TraceError: neither exporter gave a graph that equals torch; names the operators or the module at fault.
     """
     if isinstance(source.model, onnx.ModelProto):
-        return Traced(model=ir.serde.deserialize_model(source.model), exporter="onnx", sizes=())
+        given = ir.serde.deserialize_model(source.model)
+        model, notes = precision.to_float32(given)
+        return Traced(model=model, exporter="onnx", sizes=(), notes=notes, given=given if notes else None)
     failures: list[str] = []
     faults: list[str] = []
-    with _evaluating(source) as module:
-        _require_float32(source, module)
-        references = _references(source, module)
-        for name, export in _EXPORTERS.items():
-            try:
-                with quiet():
-                    model = export(source, module)
-            except Exception as error:  # torch raises RuntimeError, TypeError, AssertionError, its own: all mean "no"
-                failures.append(f"{name}: {_why(error)}")
-                faults += _operators(error) + _modules(error, module)
-                if any(isinstance(part, GuardOnDataDependentSymNode) for part in _chain(error)):
-                    break  # a branch on a value: TorchScript would keep the example's side of it, without a word
-                continue
-            wrong = _disproof(model, references)
-            if not wrong:
-                sizes = [_sizes(source, known.batch) for known in references]
-                return Traced(
-                    model=model, exporter=name, sizes=tuple(s for i, s in enumerate(sizes) if s not in sizes[:i])
-                )
-            failures.append(f"{name}: the graph differs from torch, {wrong}")
+    with _evaluating(source) as module, torch.compiler.set_stance("force_eager"):
+        for form in _forms(source, module):
+            for name, export in _EXPORTERS.items():
+                try:
+                    with quiet(), fake_quantize.AsQdq():
+                        model = export(form.source, form.traced)
+                except (
+                    Exception
+                ) as error:  # torch raises RuntimeError, TypeError, AssertionError, its own: all mean "no"
+                    failures.append(f"{name}: {blame.why(error)}")
+                    faults += blame.operators(error) + blame.modules(error, form.module)
+                    by_value = any(isinstance(part, GuardOnDataDependentSymNode) for part in blame.chain(error))
+                    if by_value and not isinstance(form.module, torch.jit.ScriptModule):
+                        break  # a branch on a value: TorchScript would keep the example's side of it, without a word
+                    continue
+                made, notes = precision.to_float32(model)
+                wrong = _disproof(made, form.references, proof.ALIKE_SNR_DB if notes else proof.EQUAL_SNR_DB)
+                if not wrong:
+                    sizes = [_sizes(source, known.batch) for known in form.references]
+                    return Traced(
+                        model=precision.with_ends(made, form.ends) if form.ends else made,
+                        exporter=name,
+                        sizes=tuple(s for i, s in enumerate(sizes) if s not in sizes[:i]),
+                        notes=(*form.notes, *(note for note in notes if note not in form.notes)),
+                    )
+                failures.append(f"{name}: the graph differs from torch, {wrong}")
     faults = list(dict.fromkeys(faults))
     raise TraceError(
         f"{source.name}: no exporter of torch gives an equal ONNX graph"
         + (f"; at fault: {', '.join(faults)}" if faults else ""),
-        found="; ".join(failures),
+        found="; ".join(dict.fromkeys(failures)),
         expected="a graph that can be traced: no Python control flow that depends on tensor values",
         do="use torch.where or torch.cond for the branch, replace the operator, or pass an ONNX file",
         op_types=faults,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """A module as it is traced, what it gives, and the types that its inputs and outputs had before.
+
+    source: with the example of this form. traced: the module, or one that calls it in a way that exporters can say.
+    """
+
+    source: Source
+    module: torch.nn.Module
+    traced: torch.nn.Module
+    references: list[_Reference]
+    ends: Mapping[str, ir.DataType]
+    notes: tuple[str, ...]
+
+
+def _forms(source: Source, module: torch.nn.Module) -> Iterator[_Form]:
+    """The module as a float32 copy, where it is of another precision and that copy runs; and as it is."""
+    kinds = _precisions(module)
+    if kinds and not isinstance(source.model, torch.export.ExportedProgram):
+        with contextlib.suppress(Exception), quiet():  # a forward that names a type; a module that cannot be copied
+            yield _float32(source, module, kinds)
+    yield _form(source, module, {}, _told(source))
+
+
+def _float32(source: Source, module: torch.nn.Module, kinds: Sequence[torch.dtype]) -> _Form:
+    try:
+        given = _results(source, module, source.inputs)
+    except TraceError:  # an operator that torch has for float32 alone
+        given = {}
+    single = copy.deepcopy(module).float()
+    real = {
+        name: value.astype(np.float32) if value.dtype.kind == "f" else value for name, value in source.inputs.items()
+    }
+    ends = {name: _TYPES[value.dtype.name] for name, value in source.inputs.items() if value.dtype.name in _TYPES}
+    ends |= {name: _TYPES[str(value.dtype)[6:]] for name, value in given.items() if str(value.dtype)[6:] in _TYPES}
+    named = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
+    notes = (f"{named} computed in float32", *_told(source))
+    return _form(replace(source, inputs=real, bfloat16=()), single, ends, notes)
+
+
+def _form(source: Source, module: torch.nn.Module, ends: Mapping[str, ir.DataType], notes: tuple[str, ...]) -> _Form:
+    called = call.of(module, [*source.inputs])
+    args, kwargs = called.arguments(_tensors(source, source.inputs))
+    references = _references(source, module)
+    traced: torch.nn.Module = module
+    if called.loose or not call.is_plain(_run(source, module, args, kwargs)):
+        traced = call.InOrder(module, called)
+    return _Form(source=source, module=module, traced=traced, references=references, ends=ends, notes=notes)
+
+
+# the types that a graph in float32 has at its ends by a Cast; bfloat16 is none that numpy has
+_TYPES = {"float16": ir.DataType.FLOAT16, "float64": ir.DataType.DOUBLE}
+
+
+def _told(source: Source) -> tuple[str, ...]:
+    plain = ", ".join(source.bfloat16)
+    return (f"{plain} given as float32, for numpy has no bfloat16",) if plain else ()
+
+
+def _precisions(module: torch.nn.Module) -> list[torch.dtype]:
+    """The types other than float32 that the module's parameters have; its buffers where they are half."""
+    found = [value.dtype for value in module.parameters() if value.is_floating_point() and value.dtype != torch.float32]
+    found += [value.dtype for value in module.buffers() if value.dtype in (torch.float16, torch.bfloat16)]
+    return list(dict.fromkeys(found))
 
 
 def _dynamo(source: Source, module: Any) -> ir.Model:
@@ -104,10 +181,15 @@ def _dynamo(source: Source, module: Any) -> ir.Model:
             verbose=False,
         )
     else:
-        args, kwargs = _call(module, _widened(source))
+        called = call.of(module, [*source.inputs])
+        args, kwargs = called.arguments(_tensors(source, _widened(source)))
+        given: Any = dict(shapes)
+        if not kwargs:
+            fixed, rest = called.positional[: called.fixed], called.positional[called.fixed :]
+            given = (*(shapes[name] for name in fixed), *([tuple(shapes[name] for name in rest)] if rest else []))
         program = torch.onnx.export(
             module, args, kwargs=kwargs, input_names=[*source.inputs], output_names=[*source.outputs],
-            dynamic_shapes=shapes if kwargs else tuple(shapes.values()), opset_version=OPSET, dynamo=True, verbose=False,
+            dynamic_shapes=given, opset_version=OPSET, dynamo=True, verbose=False,
         )  # fmt: skip
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
@@ -124,14 +206,15 @@ def _symbol(label: str) -> str:
 def _torchscript(source: Source, module: Any) -> ir.Model:
     if isinstance(source.model, torch.export.ExportedProgram):
         raise TypeError("an exported program has no TorchScript form")
-    args, kwargs = _call(module, _widened(source))
+    args, kwargs = call.of(module, [*source.inputs]).arguments(_tensors(source, _widened(source)))
     buffer: Any = io.BytesIO()  # torch says it takes a path; its TorchScript exporter takes a file too
     # named arguments become positional ones in forward's order, whatever order they are given in
-    names = (
-        sorted(source.inputs, key=[*inspect.signature(module.forward).parameters].index) if kwargs else source.inputs
-    )
+    order = call.parameter_names(module)
+    names = sorted(source.inputs, key=order.index) if {*source.inputs} <= {*order} and kwargs else [*source.inputs]
+    if isinstance(module, torch.jit.ScriptModule):  # the exporter takes them in order alone
+        args, kwargs = (*args, *(kwargs[name] for name in names if name in kwargs)), {}
     torch.onnx.export(
-        module, args, buffer, kwargs=kwargs, input_names=[*names], output_names=[*source.outputs],
+        module, args, buffer, kwargs=kwargs, input_names=names, output_names=[*source.outputs],
         dynamic_axes={name: dict(axes) for name, axes in source.dynamic.items()}, opset_version=OPSET, dynamo=False,
     )  # fmt: skip
     return ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
@@ -146,15 +229,15 @@ def _evaluating(source: Source) -> Iterator[Any]:
     if isinstance(source.model, torch.export.ExportedProgram):
         yield source.model.module()
         return
-    module = source.model
-    assert isinstance(module, torch.nn.Module)
+    assert isinstance(source.model, torch.nn.Module)
+    module = call.unwrapped(source.model)
     flags = [(part, part.training) for part in module.modules()]
     try:
         try:
             module.eval()
         except Exception as error:  # a module's own train() may raise anything
             raise TraceError(
-                f"{source.name}: eval() failed", found=_why(error), do="export an eval-mode module"
+                f"{source.name}: eval() failed", found=blame.why(error), do="export an eval-mode module"
             ) from error
         stuck = [name or type(part).__name__ for name, part in module.named_modules() if part.training]
         if stuck:
@@ -164,25 +247,10 @@ def _evaluating(source: Source) -> Iterator[Any]:
                 expected="a module whose eval() sets training to False",
                 do="dropout and batch statistics would be exported: fix its train() method",
             )
-        yield module
+        yield fake_quantize.observing_nothing(module) if fake_quantize.is_in(module) else module
     finally:
         for part, training in flags:
             part.training = training
-
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def _require_float32(source: Source, module: Any) -> None:
-    """Half precision is not what is proved equal, nor what int8 is made from."""
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if value.dtype in _HALF:
-            raise TraceError(
-                f"{source.name}: parameter {name}",
-                found=str(value.dtype).removeprefix("torch."),
-                expected="float32",
-                do="call .float() on the module",
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,45 +279,55 @@ def _references(source: Source, module: Any) -> list[_Reference]:
 
 
 def _torch_outputs(source: Source, module: Any, batch: Batch) -> dict[str, Array]:
-    args, kwargs = _call(module, batch)
+    def plain(value: torch.Tensor) -> torch.Tensor:
+        return value.float() if value.dtype == torch.bfloat16 else value
+
+    return {
+        name: plain(value).detach().cpu().resolve_conj().resolve_neg().numpy()
+        for name, value in _results(source, module, batch).items()
+    }
+
+
+def _results(source: Source, module: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """What torch returns for a batch, by the outputs' names."""
+    args, kwargs = call.of(module, [*batch]).arguments(_tensors(source, batch))
+    found = call.tensors(_run(source, module, args, kwargs))
+    if len(found) != len(source.outputs):
+        raise TraceError(
+            f"{source.name}: outputs",
+            found=f"{len(source.outputs)} names ({', '.join(source.outputs)}) for {len(found)} tensors",
+            expected="one name per tensor",
+        )
+    named = dict(zip(source.outputs, found, strict=True))
+    for name, value in named.items():
+        if value.layout != torch.strided:
+            raise TraceError(
+                f"{source.name}: output {name}",
+                found=f"{value.dtype}, {value.layout}".replace("torch.", ""),
+                expected="a dense tensor",
+                do="call .to_dense() on it in forward",
+            )
+    return named
+
+
+def _run(source: Source, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = module(*args, **kwargs)
+            return module(*args, **kwargs)
     except Exception as error:  # the caller's forward may raise anything
+        at = blame.modules(error, module)
         raise TraceError(
             f"{source.name}: its forward fails on the example",
-            found=_why(error),
-            expected=f"a call with {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in batch.items())}",
-            do="check names, dtypes and shapes of `inputs`",
+            found=blame.why(error),
+            expected=f"a call with {', '.join(f'{k} {v.dtype}{list(v.shape)}' for k, v in source.inputs.items())}",
+            do="check names, dtypes and shapes of `inputs`" + (f"; it fails in {at[0]}" if at else ""),
         ) from error
-    leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    if len(leaves) != len(source.outputs):
-        raise TraceError(
-            f"{source.name}: outputs",
-            found=f"{len(source.outputs)} names ({', '.join(source.outputs)}) for {len(leaves)} tensors",
-            expected="one name per tensor",
-        )
-    named = dict(zip(source.outputs, leaves, strict=True))
-    for name, leaf in named.items():
-        if leaf.dtype == torch.bfloat16 or leaf.layout != torch.strided:
-            raise TraceError(
-                f"{source.name}: output {name}",
-                found=f"{leaf.dtype}, {leaf.layout}".replace("torch.", ""),
-                expected="a dense tensor of a type that numpy has",
-                do="call .float() or .to_dense() on it in forward",
-            )
-    return {name: leaf.detach().cpu().resolve_conj().resolve_neg().numpy() for name, leaf in named.items()}
 
 
-def _call(module: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional arguments, or named ones when every input is an argument of forward in another order."""
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
-    code = getattr(getattr(type(module), "forward", None), "__code__", None)
-    arguments = list(code.co_varnames[1 : code.co_argcount]) if code else []
-    if set(tensors) <= set(arguments) and list(tensors) != arguments[: len(tensors)]:
-        return (), tensors
-    return tuple(tensors.values()), {}
+def _tensors(source: Source, batch: Batch) -> dict[str, torch.Tensor]:
+    found = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
+    return found | {name: found[name].to(torch.bfloat16) for name in source.bfloat16}
 
 
 def _widened(source: Source) -> Batch:
@@ -288,50 +366,17 @@ def _sizes(source: Source, batch: Batch) -> dict[str, int]:
     return {label: batch[name].shape[axis] for name, axes in source.dynamic.items() for axis, label in axes.items()}
 
 
-def _disproof(model: ir.Model, references: Sequence[_Reference]) -> str:
-    """Why the graph is not torch's, on the first batch where it is not; empty when it is on all of them."""
+def _disproof(model: ir.Model, references: Sequence[_Reference], most_db: float) -> str:
+    """Why the graph is not torch's, on the first batch where it is not; empty when it is on all of them.
+
+    most_db: what is asked of it at most; where torch rounded to half, a float32 graph is not nearer.
+    """
     try:
         runner = graph.runner(model)
         for known in references:
-            wrong = proof.difference(known.outputs, runner(known.batch), known.least_snr_db)
+            wrong = proof.difference(known.outputs, runner(known.batch), min(known.least_snr_db, most_db))
             if wrong:
                 return f"{wrong} at {', '.join(f'{k} {list(v.shape)}' for k, v in known.batch.items())}"
     except graph.RunError as error:
         return f"ONNX Runtime refuses it: {error}"
     return ""
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__
-
-
-def _why(error: BaseException) -> str:
-    """The innermost error's first line: the outer ones are the exporter's essays about it."""
-    inner = list(_chain(error))[-1]
-    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(inner)).splitlines() if line.strip()]
-    return f"{type(inner).__name__}: {lines[0][:180]}" if lines else type(inner).__name__
-
-
-# dynamo: "No ONNX function found for <OpOverload(op='aten.x', ..."; TorchScript: "the operator 'aten::x' to ONNX opset"
-_OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)'|operator '(\w+::\w+)'")
-
-
-def _operators(error: BaseException) -> list[str]:
-    """Operator names in the messages of both exporters, as torch writes them: aten.special_bessel_j0."""
-    found = [match for part in _chain(error) for match in _OPERATOR.findall(str(part))]
-    return [(dynamo or script).replace("::", ".") for dynamo, script in found]
-
-
-def _modules(error: BaseException, module: Any) -> list[str]:
-    """The innermost forward() outside torch that was running: its module's path, file and line."""
-    names = {id(part): name or type(part).__name__ for name, part in module.named_modules()}
-    home = str(Path(torch.__file__).parent)
-    for part in _chain(error):
-        for frame, line in reversed(list(traceback.walk_tb(part.__traceback__))):
-            owner = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
-            if id(owner) in names and not frame.f_code.co_filename.startswith(home):
-                return [f"module {names[id(owner)]} ({Path(frame.f_code.co_filename).name}:{line})"]
-    return []

@@ -49,6 +49,10 @@ SHARED = {
 STAGES = (
     "source",
     "meant",
+    "precision",
+    "call",
+    "fake_quantize",
+    "blame",
     "trace",
     "prepare",
     "calibrate",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from exporter import graph, proof
@@ -32,6 +33,7 @@ from exporter.prepare import (
     stem,
     unshare,
 )
+from runtime import drift
 
 # A rewrite owns the model it is given, edits it in place, and returns how often its rules matched.
 Rewrite = Callable[[ir.Model], int]
@@ -69,30 +71,35 @@ class Prepared:
     """Two equal FP32 graphs: `reference` as traced, only cleaned, and `model`, rewritten so that it quantizes well.
 
     rewrites: {rewrite: times it matched}, those that matched.
+    given_db: how near the file's own graph, in another precision, comes to it: SNR, dB; None where that says nothing.
     """
 
     reference: ir.Model
     model: ir.Model
     rewrites: Mapping[str, int]
+    given_db: float | None = None
 
 
-def to_quantizable(model: ir.Model, batch: Batch) -> Prepared:
+def to_quantizable(model: ir.Model, batch: Batch, given: ir.Model | None = None) -> Prepared:
     """Clean the graph, then rewrite it; after each rewrite that matched, outputs on `batch` must be the traced ones.
+
+    `given` is the graph as its file has it, where `model` is the same in another precision.
 
     Raises:
         QuantizeError: a rewrite changed the outputs, or ONNX Runtime cannot run the graph. That is a fault of ours.
     """
-    given = model.clone()
+    traced = model.clone()
     try:
-        expected = observed.correct(given, batch)
+        expected = observed.correct(traced, batch)
     except graph.RunError as error:
         raise _refused("the traced graph", error) from error
-    reference = _proved(given, CLEAN, expected, batch)[0]
+    given_db = None if given is None else _beside(given, expected, batch)
+    reference = _proved(traced, CLEAN, expected, batch)[0]
     start = reference.clone()
     observed.fill(start, batch)
     rewritten, counts = _proved(start, REWRITES, expected, batch)
     observed.fill(rewritten, batch)
-    return Prepared(reference=reference, model=rewritten, rewrites=counts)
+    return Prepared(reference=reference, model=rewritten, rewrites=counts, given_db=given_db)
 
 
 def _proved(
@@ -110,6 +117,23 @@ def _proved(
             )
         counts[name] = counts.get(name, 0) + matched
     return model, counts
+
+
+def _beside(given: ir.Model, expected: Batch, batch: Batch) -> float | None:
+    """The worst SNR of the float outputs of the graph in another precision, beside those of the float32 one, dB.
+
+    None where ONNX Runtime does not run it (its CPU provider has few kernels for bfloat16), or its numbers overflow.
+    """
+    try:
+        found = graph.runner(given)(batch)
+    except graph.RunError:
+        return None
+    real = [name for name, value in expected.items() if np.asarray(value).dtype.kind == "f"]
+    same = [name for name in real if found[name].shape == expected[name].shape and np.isfinite(found[name]).all()]
+    if not same:
+        return None
+    pair = {name: expected[name] for name in same}, {name: found[name] for name in same}
+    return drift.measure([pair]).worst_snr_db
 
 
 def _run(model: ir.Model, batch: Batch, what: str) -> Batch:

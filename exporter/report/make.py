@@ -70,9 +70,9 @@ def make(
         name=source.name,
         recipe=recipe.name,
         target=recipe.target,
-        notes=notes,
         traced_by=traced.exporter,
         proved=traced.sizes,
+        notes=(*notes, *traced.notes, *_beside_given(prepared)),
         rewrites=prepared.rewrites,
         calibration_batches=collected.ranges.batches,
         skipped=skipped,
@@ -192,6 +192,11 @@ def _scores(out: Path, evaluate: Evaluate) -> dict[str, tuple[float, float]]:
     reference = metrics(evaluate, lambda batch: dict(zip(names, fp32.run(names, dict(batch)), strict=True)))
     candidate = metrics(evaluate, load(out).run)
     return {metric: (value, candidate[metric]) for metric, value in reference.items() if metric in candidate}
+
+
+def _beside_given(prepared: Prepared) -> Iterable[str]:
+    if prepared.given_db is not None:
+        yield f"the file's own precision gives {prepared.given_db:.1f} dB beside it"
 
 
 def _searched(recipe: Recipe, better: Improved) -> Searched:

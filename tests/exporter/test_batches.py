@@ -162,7 +162,7 @@ def test_digest_tells_every_change_of_value_shape_dtype_and_name(values: list[in
 
 def test_tensors_and_lists_that_numpy_has_no_form_of_are_refused_by_name() -> None:
     conjugate = torch.ones(2, 3, dtype=torch.complex64).conj()
-    for value in (torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3).to_sparse(), conjugate, [[1.0], [1.0, 2.0]]):
+    for value in (torch.ones(2, 3).to_sparse(), conjugate, [[1.0], [1.0, 2.0]]):
         error = refusal([image(1), {"image": value}])
         assert (error.tensor, error.batch) == ("image", 1)
         assert str(error).startswith("calibration batch 1: input 'image': found ")

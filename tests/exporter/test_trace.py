@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -238,15 +240,209 @@ def test_onnx_file_is_its_own_graph() -> None:
     assert (traced.exporter, traced.sizes, graphs.op_types(traced.model)) == ("onnx", (), ["Relu"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_module_is_told_to_call_float(dtype: torch.dtype) -> None:
-    error = refused(nn.Linear(16, 4).to(dtype), {"x": X})
-    assert f"found {str(dtype)[6:]}, expected float32; call .float() on the module" in str(error)
+class Mixed(nn.Module):
+    """A body of one type around a LayerNorm that names float32, as models trained in half precision have it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.before, self.after = nn.Linear(16, 8).to(dtype), nn.Linear(8, 4).to(dtype)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.norm(self.before(x).float()).to(self.dtype))
 
 
-def test_output_that_numpy_has_no_form_of_is_refused_by_name() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["plain", "mixed"])
+def test_module_of_another_precision_computes_in_float32_and_keeps_its_types(dtype: torch.dtype, kind: str) -> None:
+    torch.manual_seed(0)
+    module = Mixed(dtype) if kind == "mixed" else nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype)
+    before = {name: (value.dtype, value.clone()) for name, value in module.state_dict().items()}
+    x = torch.from_numpy(graphs.noise(0, 3, 16)).to(dtype)
+    traced = trace.to_onnx(from_module(module, {"x": x}, ["y"], {"x": {0: "batch"}}))
+    public = "float32" if dtype == torch.bfloat16 else str(dtype)[6:]
+    assert [t.dtype for t in (*graph.inputs(traced.model), *graph.outputs(traced.model))] == [public] * 2
+    layers = [node for node in traced.model.graph if node.op_type in ("Gemm", "MatMul")]
+    assert len(layers) == 2 and all(
+        value.dtype == ir.DataType.FLOAT for node in layers for value in node.inputs if value
+    )
+    assert f"{str(dtype)[6:]} computed in float32" in traced.notes
+    assert ("x given as float32, for numpy has no bfloat16" in traced.notes) == (dtype == torch.bfloat16)
+    found = graph.runner(traced.model)({"x": x.to(getattr(torch, public)).numpy()})["y"]
+    np.testing.assert_allclose(found.astype(np.float64), module(x).double().detach().numpy(), atol=0.05)
+    assert all(
+        value.dtype == kept[0] and torch.equal(value, kept[1])
+        for (name, value), kept in zip(module.state_dict().items(), before.values(), strict=True)
+    )
+
+
+def test_output_of_bfloat16_is_float32() -> None:
     class Half(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.to(torch.bfloat16)
+            return (x @ x.T).to(torch.bfloat16)
 
-    assert "Half: output y: found bfloat16, strided" in str(refused(Half(), {"x": X}))
+    model = trace.to_onnx(from_module(Half(), {"x": X}, ["y"])).model
+    assert [tensor.dtype for tensor in graph.outputs(model)] == ["float32"]
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.inner(x) * mask
+
+
+class Loose(Weighted):
+    def forward(self, x: Tensor, **others: Tensor) -> Tensor:  # type: ignore[override]
+        return self.inner(x) * others["mask"]
+
+
+class Anything(Weighted):
+    def forward(self, *given: Tensor) -> Tensor:  # type: ignore[override]
+        return self.inner(given[0]) * given[1]
+
+
+class Keyword(Weighted):
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return self.inner(x) * mask
+
+
+def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        extra = args[1:]
+        return function(args[0], *extra, **kwargs)
+
+    return inner
+
+
+class Decorated(Weighted):
+    forward = decorated(Weighted.forward)
+
+
+class Hooked(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner.register_forward_hook(lambda module, given, found: found + 1)
+        self.inner = nn.utils.parametrizations.weight_norm(self.inner)
+
+
+class Compiled(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.compile(self.inner)  # type: ignore[assignment]
+
+
+class Parallel(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.DataParallel(self.inner)  # type: ignore[assignment]
+
+
+FORMS: dict[str, Callable[[], nn.Module]] = {
+    "args": Anything,
+    "kwargs": Loose,
+    "keyword only": Keyword,
+    "decorated": Decorated,
+    "hooks and weight norm": Hooked,
+    "a compiled part": Compiled,
+    "compiled": lambda: torch.compile(Weighted()),  # type: ignore[return-value]
+    "parallel, a part too": lambda: nn.DataParallel(Parallel()),
+    "scripted": lambda: torch.jit.script(Weighted()),
+    "traced": lambda: torch.jit.trace(Weighted().eval(), (torch.ones(2, 16), torch.ones(2, 4))),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [*((form, ("x", "mask")) for form in FORMS), ("keyword only", ("mask", "x")), ("traced", ("mask", "x"))],
+)
+def test_module_of_every_form_is_called_as_its_forward_says(form: str, names: tuple[str, str]) -> None:
+    values = {"x": graphs.noise(0, 2, 16), "mask": graphs.noise(1, 2, 4)}
+    module = FORMS[form]().eval()
+    parts, flags = [*module.modules()], [part.training for part in module.modules()]
+    inputs = {name: values[name] for name in names}
+    traced = trace.to_onnx(from_module(module, inputs, ["y"], {name: {0: "batch"} for name in inputs}))
+    assert traced.sizes == ({"batch": 2}, {"batch": 3}, {"batch": 4})
+    assert [*module.modules()] == parts and [part.training for part in parts] == flags
+    more = {name: np.concatenate([value, -value, value]) for name, value in values.items()}
+    given = [torch.from_numpy(more[name]) for name in ("x", "mask")]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = module(given[0], mask=given[1]) if form in ("kwargs", "keyword only") else module(*given)
+    np.testing.assert_allclose(graph.runner(traced.model)(more)["y"], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@dataclass
+class Boxes:
+    scores: Tensor
+    others: Any
+    count: int = 3
+
+
+def test_results_are_found_in_dataclasses_and_mappings_in_their_order() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Boxes:
+            y = self.inner(x)
+            return Boxes(scores=y, others={"none": None, "more": [y.sum(1), MappingProxyType({"last": y * 2})]})
+
+    module = Detector().eval()
+    traced = trace.to_onnx(from_module(module, {"x": X}, ["scores", "sums", "twice"], {"x": {0: "batch"}}))
+    found = graph.runner(traced.model)({"x": X})
+    scores = module(torch.from_numpy(X)).scores.detach().numpy()
+    np.testing.assert_allclose(found["scores"], scores, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["sums"], scores.sum(1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["twice"], scores * 2, rtol=1e-5, atol=1e-6)
+
+
+def test_branch_on_values_in_a_script_is_exported_with_both_sides() -> None:
+    module = torch.jit.script(Branch())
+    model = trace.to_onnx(from_module(module, {"x": X}, ["y"])).model
+    assert "If" in graphs.op_types(model)
+    for x in (X, -X):
+        expected = module(torch.from_numpy(x)).detach().numpy()
+        np.testing.assert_allclose(graph.runner(model)({"x": x})["y"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min")
+@pytest.mark.parametrize("engine", ["x86", "qnnpack"])
+def test_fake_quantization_becomes_qdq_nodes_and_the_module_keeps_its_scales(engine: str) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    torch.manual_seed(0)
+    module: Any = Small()
+    module.qconfig = torch.ao.quantization.get_default_qat_qconfig(engine)
+    module = torch.ao.quantization.prepare_qat(module.train())
+    x = torch.from_numpy(graphs.noise(0, 1, 3, 8, 8))
+    module(x)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    traced = trace.to_onnx(from_module(module, {"x": x}, ["y"]))
+    assert graphs.op_types(traced.model).count("QuantizeLinear") >= 4
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+    with torch.no_grad():
+        expected = module.eval().apply(torch.ao.quantization.disable_observer)(x).numpy()
+    np.testing.assert_allclose(graph.runner(traced.model)({"x": x.numpy()})["y"], expected, atol=1e-6)
+
+
+def test_cause_that_is_told_is_the_outermost_one() -> None:
+    class Lost(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return x * [][0]
+            except IndexError as error:
+                raise ValueError("the table is empty") from error
+
+    said = str(refused(Lost(), {"x": X}))
+    assert "found ValueError: the table is empty" in said and "it fails in module Lost (test_trace.py:" in said
