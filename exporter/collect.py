@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -17,6 +17,7 @@ from exporter.cluster import Cluster
 from exporter.correct import bias
 from exporter.place import Plan
 from exporter.progress import Progress
+from exporter.qparams import Grid
 from exporter.recipe import Calibrate
 
 
@@ -45,6 +46,7 @@ def collect(
     kept: Sequence[Batch],
     tell: Progress,
     there: Cluster | None,
+    grids: Mapping[str, Grid],
 ) -> Collected:
     """Observe the batches and choose every range.
 
@@ -56,10 +58,19 @@ def collect(
         kept: some of them, filled while they are read (`batches.Split.kept`); "best" and "auto" compare outputs on these.
         tell: told what is being done.
         there: the workers to observe on, or None.
+        grids: {tensor: codes that the file came with}, which it keeps.
 
     Raises:
         CalibrationError: see calibrate.observe; KeyboardInterrupt with what to tell about the batches that are kept.
     """
+    found = _collected(model, plan, asked, batches, kept, tell, there)
+    return replace(found, ranges=found.ranges.keeping(grids))
+
+
+def _collected(
+    model: ir.Model, plan: Plan, asked: Calibrate, batches: Iterable[Batch], kept: Sequence[Batch], tell: Progress,
+    there: Cluster | None,
+) -> Collected:  # fmt: skip
     by_onnxruntime = asked.engine == "onnxruntime"
     if by_onnxruntime:
         batches = list(batches)  # read twice; ONNX Runtime keeps far more than these

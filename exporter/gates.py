@@ -71,7 +71,7 @@ def widen(model: ir.Model, int8: Collection[str], ranges: Ranges) -> Ranges:
         int8: the names of its int8 nodes.
         ranges: of the tensors that they touch.
     """
-    tensors = dict(ranges.tensors)
+    tensors, kept = dict(ranges.tensors), dict(ranges.kept)
     for node in model.graph:
         if node.op_type != GATE or node.name not in int8:
             continue
@@ -79,7 +79,9 @@ def widen(model: ir.Model, int8: Collection[str], ranges: Ranges) -> Ranges:
         x, y = (value.name or "" for value in (node.inputs[0], node.outputs[0]) if value is not None)
         tensors[x] = replace(tensors[x], low=min(tensors[x].low, -beta / alpha), high=max(tensors[x].high, 0.0))
         tensors[y] = replace(tensors[y], low=0.0, high=1.0)
-    return replace(ranges, tensors=tensors)
+        kept.pop(x, None)
+        kept.pop(y, None)
+    return replace(ranges, tensors=tensors, kept=kept)
 
 
 def read(quantized: ir.Model, int8: Collection[str]) -> None:

@@ -18,6 +18,12 @@ from runtime.manifest import Tensor
 Shape = tuple[int, ...]
 # ONNX Runtime would round the weight of a float layer between Q/DQ at load, with one scale for all its channels
 AS_WRITTEN = session.without(session.NO_ENTRIES, "WeightBiasQuantization")
+CROSSINGS = (QUANTIZE, DEQUANTIZE) = ("QuantizeLinear", "DequantizeLinear")
+# Operators on codes, beside every QLinear*
+ON_CODES = frozenset(
+    {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QGemm"}
+    | {"DynamicQuantizeLinear", "QAttention", "QEmbedLayerNormalization", "MatMulNBits", "GatherBlockQuantized"}
+)
 SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
 # Nodes whose output holds the values of their input, all of them and no others
 MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
@@ -102,6 +108,21 @@ def op(node: ir.Node) -> str:
 def is_product(node: ir.Node | None) -> bool:
     """Whether a node is a MatMul of two activations, as in attention."""
     return node is not None and op(node) == "MatMul" and all(constant(each) is None for each in node.inputs)
+
+
+def in_integers(node: ir.Node) -> bool:
+    """Whether the file has the node in integers: on codes, or between DequantizeLinear and QuantizeLinear.
+
+    A layer is, where it multiplies real numbers of codes by real numbers of codes; its output may be real.
+    """
+    if node.op_type.startswith("QLinear") or node.op_type in (*ON_CODES, QUANTIZE, DEQUANTIZE):
+        return True
+    real = [value for value in activations(node) if value.dtype in (ir.DataType.FLOAT, None)]
+    if not real or any(value.producer() is None or value.producer().op_type != DEQUANTIZE for value in real):  # type: ignore[union-attr]
+        return False
+    if node.op_type in ("Conv", "Gemm", "MatMul"):
+        return node.inputs[0] in real and node.inputs[1] in real
+    return all(reader.op_type == QUANTIZE for value in node.outputs for reader in consumers(value))
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from exporter import (
+    already,
     batches,
     budget,
     bundle,
@@ -36,6 +37,7 @@ from exporter import (
 from exporter import recipe as recipes
 from exporter.budget import Evaluate
 from exporter.cluster import Cluster
+from exporter.prepare import kept
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
@@ -114,6 +116,8 @@ def _export(
 
     tell.stage("rewrite the graph so that it quantizes well")
     prepared = prepare.to_quantizable(traced.model, split.first, traced.given)
+    if prepared.kept and already.is_whole(prepared.reference, cpu):
+        prepared = prepared.as_given(split.first)
 
     accepts = None
     if drops and evaluate is not None:  # before calibration: a metric that it does not return is refused
@@ -126,13 +130,15 @@ def _export(
 
     samples = partial(batches.samples, tensors=inputs)
     seen = tell.each(split.calibration(), "calibrate", split.total, samples)
-    found = collect.collect(prepared.model, plan, recipe.calibrate, seen, split.kept, tell, there)
+    found = collect.collect(prepared.model, plan, recipe.calibrate, seen, split.kept, tell, there, prepared.kept.grids)
 
     tell.stage("quantize, and keep the corrections that help")
-    corrected = correct.improve(prepared.model, plan, found.ranges, found.means, cpu, split.kept)
+    corrected = correct.improve(
+        prepared.model, plan, found.ranges, found.means, cpu, split.kept, kept=prepared.kept.weights
+    )
 
     few = search.compared(split.kept, plan)
-    expected = list(map(graph.runner(prepared.model), few))
+    expected = list(map(graph.runner(prepared.truth), few))
     against = varies.grounds(prepared.model, expected, few)
     ruled = place.ruled(prepared.model, recipe.rules, "float")
     if recurrences := recurrent.candidates(corrected.int8, plan, cpu, ruled):
@@ -145,12 +151,14 @@ def _export(
     )  # fmt: skip
     better = search.improve(
         prepared.model, prepared.reference, plan, corrected.ranges, corrected.means, corrected, cpu, recipe, shapes, few, accepts,
-        caps, tell, open_gates,
+        caps, tell, None if prepared.kept else open_gates, truth=prepared.truth,
     )  # fmt: skip
     corrected = better.corrected
     integer = {*better.plan.int8, *better.plan.dynamic}
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
-    plan = better.plan.noted(found.notes).noted(paired)
+    plan = better.plan.told().noted(found.notes).noted(paired)
+    from_file = kept.told(prepared.model, plan.int8, prepared.kept, corrected.rounded)
+    plan = plan.noted(from_file.notes)
 
     left = {*ruled, *better.found.chosen.float_layers}
     floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db + budget.MARGIN_DB
@@ -159,7 +167,10 @@ def _export(
     corrected = replace(corrected, pair_rule=corrected.pair_rule and not recurrent.is_in(shrunk.int8))
 
     int8, cpu = products.ready(shrunk.int8, cpu)
-    lint.require_sound(int8, cpu)
+    lint.require_sound(int8, cpu, better.plan.given)
+    judged = already.judge(int8, better.plan, cpu)
+    plan = plan.noted(judged.notes)
+    corrected = replace(corrected, pair_rule=corrected.pair_rule and judged.pair_rule)
     fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(int8)
     watch = collect.watch(prepared.model, plan, found)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
@@ -188,6 +199,7 @@ def _export(
         shrunk,
         recorded,
         models,
+        "; ".join(filter(None, (from_file.sentence, judged.sentence))),
     )
 
     tell.stage("write the bundle, load it, time it")

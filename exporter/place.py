@@ -40,6 +40,8 @@ REMOVABLE = ("Relu", "Clip")
 # Relu into a Gemm before it looks for an integer kernel, and then finds none
 FOLDING = ("Conv", "Gemm")
 LSTM = "LSTM"
+# The file has these nodes in integers; they are float to the rest of the plan, for they read and write what they do
+GIVEN = "in integers as the file has it"
 # They read a tensor's shape, which its codes have too: no value crosses to them
 SHAPE_READERS = ("Shape", "Size")
 
@@ -74,6 +76,22 @@ class Plan:
     def float_layers(self) -> tuple[Decision, ...]:
         """Nodes with MACs that stay float: each has its reason."""
         return tuple(decision for decision in self.decisions if decision.precision == "float" and decision.macs)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Nodes that the file has in integers."""
+        return tuple(decision.node for decision in self.decisions if decision.reason == GIVEN)
+
+    def told(self) -> Plan:
+        """The plan as people read it: what the file has in integers is int8, and its crossings are no nodes."""
+        return replace(
+            self,
+            decisions=tuple(
+                replace(each, precision="int8") if each.reason == GIVEN else each
+                for each in self.decisions
+                if each.op_type not in graph.CROSSINGS or each.reason != GIVEN
+            ),
+        )
 
     def noted(self, notes: Mapping[str, str]) -> Plan:
         """The plan with what later stages did to a node, {node: note}, behind its reason."""
@@ -211,6 +229,8 @@ def _match(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Rul
 def _refusal(node: ir.Node, target: Target) -> str:
     """Why this node cannot be int8 on the target whatever its neighbours are; empty when it can."""
     op = node.op_type
+    if graph.in_integers(node):
+        return GIVEN
     if node.domain or not (op in target.layers or op in target.elementwise or op in target.movers):
         return NO_KERNEL.get(op, f"no integer kernel for {op}")
     first = node.inputs[0]

@@ -30,6 +30,22 @@ class Rounded:
     channel_axis: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A tensor's uint8 codes: real ≈ (code - zero_point) · scale, scale a positive normal float32."""
+
+    scale: float
+    zero_point: int
+
+    @property
+    def low(self) -> float:
+        return -self.zero_point * self.scale
+
+    @property
+    def high(self) -> float:
+        return (255 - self.zero_point) * self.scale
+
+
 def nearest(weight: Array, channel_axis: int) -> Rounded:
     """code = rint(w / scale), scale = max|w| / 127 per channel; 1 for a channel of nothing. float32 [...]."""
     codes, scale = symmetric(weight, tuple(axis for axis in range(weight.ndim) if axis != channel_axis))

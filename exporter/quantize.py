@@ -32,7 +32,7 @@ from exporter.calibrate import Range, Ranges
 from exporter.errors import CalibrationError, QuantizeError
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, SHAPE_READERS, Plan
 from exporter.prepare import edit
-from exporter.qparams import Rounded, dequantize
+from exporter.qparams import Grid, Rounded, dequantize
 from exporter.quiet import quiet
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -71,6 +71,8 @@ def to_int8(
         QuantizeError: the plan has neither an int8 node nor a dynamic layer, ONNX Runtime refused, the result does not follow
             the plan, a scale that float32 cannot hold, a bias that int32 cannot.
     """
+    if not plan.int8 and not plan.dynamic and plan.given:
+        return model.clone()
     if not plan.int8 and not plan.dynamic:
         layers = ", ".join(sorted({decision.op_type for decision in plan.float_layers})) or "none"
         raise QuantizeError(
@@ -78,8 +80,9 @@ def to_int8(
         )
     quantized = model.clone()
     if plan.int8:
+        ranges = gates.widen(model, plan.int8, ranges)
         static = {name: weight for name, weight in rounded.items() if name in _read_by(model, plan.int8)}
-        quantized = _rewrite(_own_weights(model, plan), plan, gates.widen(model, plan.int8, ranges), static)
+        quantized = _rewrite(_own_weights(model, plan), plan, ranges, static)
         _read_real_values(quantized, model, plan)
         _check_plan(quantized, model, plan)
         if gates_on_codes:
@@ -254,7 +257,10 @@ def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, 
                 # a mover that the plan calls int8 is int8 even where nothing before it is
                 extra_options={
                     "ForceQuantizeNoInputCheck": True,
-                    "TensorQuantOverrides": {name: _override(weight) for name, weight in rounded.items()},
+                    "TensorQuantOverrides": {
+                        **{name: _override(weight) for name, weight in rounded.items()},
+                        **{name: _kept(grid) for name, grid in ranges.kept.items() if name in plan.tensors},
+                    },
                 },
             )
         except Exception as error:  # the quantizer raises ValueError, KeyError, TypeError, AssertionError, RuntimeError
@@ -269,6 +275,12 @@ def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, 
         ):
             made.graph.sort()  # ONNX Runtime puts a DequantizeLinear behind the branch that reads it
         return made
+
+
+def _kept(grid: Grid) -> list[dict[str, object]]:
+    """ONNX Runtime's way to say the scale and zero point of a tensor."""
+    scale, zero_point = np.array(grid.scale, np.float32), np.array(grid.zero_point, np.uint8)
+    return [{"quant_type": QuantType.QUInt8, "scale": scale, "zero_point": zero_point}]
 
 
 def _override(weight: Rounded) -> list[dict[str, object]]:
@@ -333,6 +345,8 @@ def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
     found = {node.name: node for node in quantized.graph if node.op_type not in OWN}
     for decision in plan.decisions:
         node, before = found.get(decision.node), prepared[decision.node]
+        if before.op_type in OWN:  # of the file, and float
+            continue
         removable = decision.precision == "int8" and decision.op_type in REMOVABLE
         if node is None and not removable:
             raise _astray(before, "it is gone from the int8 graph")

@@ -73,6 +73,7 @@ STAGES = (
     "ort_format",
     "mobile",
     "lint",
+    "already",
     "bundle",
     "report",
     "pipeline",

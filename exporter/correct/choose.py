@@ -23,6 +23,7 @@ from exporter.errors import QuantizeError
 from exporter.place import Plan
 from exporter.prepare import edit
 from exporter.qparams import Rounded, dequantize
+from exporter.quantize import NOTHING_ROUNDED
 from exporter.target import Target
 from runtime import drift
 
@@ -82,6 +83,7 @@ def improve(
     target: Target,
     batches: Sequence[Batch],
     told_apart: Mapping[str, Interval] | None = None,
+    kept: Mapping[str, Rounded] = NOTHING_ROUNDED,
 ) -> Corrected:
     """Quantize with and without each correction and keep the better.
 
@@ -91,6 +93,8 @@ def improve(
         target: whether weights must keep the pair rule.
         batches: calibration batches, some for weights to be fitted to and some to compare on; reported drift uses others.
         told_apart: see `smooth.find`; None asks the model.
+        kept: {weight initializer: codes that the file came with}. They stay, but for pairs that break the rule where it is asked
+            for. Scales move through no graph of which anything is kept.
 
     Raises:
         QuantizeError: see `quantize.to_int8`; or codes came out that break the rule.
@@ -100,9 +104,11 @@ def improve(
     expected = list(map(graph.runner(graph.unsquashed(model)), unseen))
     against = varies.grounds(graph.unsquashed(model), expected, unseen)
 
+    given, firm = rounding.kept(model, plan, kept, pair_rule=pairs)
+
     def nearest(ground: _Ground) -> tuple[_Ground, Mapping[str, Rounded], ir.Model]:
         """The codes rounded to nearest, which the quantizer makes itself where no pair rule is asked for; the int8 graph."""
-        rounded = rounding.under_pair_rule(ground.model, plan)[0] if pairs else {}
+        rounded = {**(rounding.under_pair_rule(ground.model, plan)[0] if pairs else {}), **given}
         return ground, rounded, quantize.to_int8(ground.model, plan, ground.ranges, rounded)
 
     def db(model: ir.Model) -> float:
@@ -111,13 +117,16 @@ def improve(
 
     tried: list[Correction] = []
     ground, plain, int8 = nearest(_Ground(model=model, ranges=ranges, means=means, moved=None))
-    smoothed = _smoothed(ground, plan, intervals(model) if told_apart is None else told_apart, seen, unseen, expected)
+    smoothed = None
+    if not kept and not ranges.kept:
+        told_apart = intervals(model) if told_apart is None else told_apart
+        smoothed = _smoothed(ground, plan, told_apart, seen, unseen, expected)
     if smoothed is not None:
         other = nearest(smoothed)
         before, after = db(int8), db(other[2])
-        kept = after > before + SMOOTH_WORTH_DB
-        tried.append(Correction(name="smooth", before_db=before, after_db=after, kept=kept))
-        ground, plain, int8 = other if kept else (ground, plain, int8)
+        worth = after > before + SMOOTH_WORTH_DB
+        tried.append(Correction(name="smooth", before_db=before, after_db=after, kept=worth))
+        ground, plain, int8 = other if worth else (ground, plain, int8)
     codes = quantize.weights(int8)
 
     def corrected(rounded: Mapping[str, Rounded], shifted: bool) -> ir.Model:
@@ -132,10 +141,12 @@ def improve(
 
     first = best = measured(plain, shifted=False)
     best = _better("bias", best, measured(best.rounded, shifted=True), tried)
-    best = _better("scale", best, either(rounding.at_best_scale(ground.model, plan, pair_rule=pairs)), tried)
+    best = _better(
+        "scale", best, either({**rounding.at_best_scale(ground.model, plan, pair_rule=pairs), **firm}), tried
+    )
     if seen:
         fitted = {**plain, **gptq.rounded(ground.model, plan, seen, pair_rule=pairs)}  # of layers that saw inputs
-        best = _better("gptq", best, either(fitted), tried)
+        best = _better("gptq", best, either({**fitted, **firm}), tried)
     if best is not first:
         int8 = quantize.to_int8(corrected(best.rounded, best.shifted), plan, ground.ranges, best.rounded)
     pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(int8))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -57,6 +57,25 @@ def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, Rounded],
     """{weight initializer: its codes} of each int8 layer whose kernel pairs, and what that cost or won."""
     rounded = _fitted(paired_layers(model, plan), True)
     return rounded, effects(model, plan, rounded)
+
+
+def kept(
+    model: ir.Model, plan: Plan, codes: Mapping[str, Rounded], *, pair_rule: bool
+) -> tuple[dict[str, Rounded], dict[str, Rounded]]:
+    """Codes that weights came with, of int8 layers: as they are to begin with, and those of them that nothing may change.
+
+    Where the rule is asked for, pairs that break it share their excess at the scale that they have: such codes are a beginning.
+    """
+    read = {weight.name or "": node for node, _, weight in layers.weighted(model, plan)}
+    paired = {weight.name for _, weight in paired_layers(model, plan)} if pair_rule else set()
+    first = {name: each for name, each in codes.items() if name in read}
+    firm = dict(first)
+    for name, each in first.items():
+        if name in paired and breaks_pair_rule(read[name], each.codes):
+            rows = keep_pair_rule(in_kernel_order(read[name], each.codes).astype(np.int32)).astype(np.int8)
+            first[name] = replace(each, codes=from_kernel_order(read[name], rows, each.codes.shape))
+            del firm[name]
+    return first, firm
 
 
 def at_best_scale(model: ir.Model, plan: Plan, *, pair_rule: bool) -> dict[str, Rounded]:

@@ -22,6 +22,7 @@ from exporter.prepare import (
     gelu,
     gemm,
     hardswish,
+    kept,
     layernorm,
     linear,
     names,
@@ -31,9 +32,13 @@ from exporter.prepare import (
     pool,
     shapes,
     stem,
+    taken,
     unshare,
 )
+from exporter.prepare.kept import NOTHING_KEPT, Kept
 from runtime import drift
+
+ROUGHLY_DB = 10.0  # less is another model
 
 # A rewrite owns the model it is given, edits it in place, and returns how often its rules matched.
 Rewrite = Callable[[ir.Model], int]
@@ -72,12 +77,35 @@ class Prepared:
 
     rewrites: {rewrite: times it matched}, those that matched.
     given_db: how near the file's own graph, in another precision, comes to it: SNR, dB; None where that says nothing.
+    kept: what QuantizeLinear and DequantizeLinear in the file said, where there were any. They are in `reference`, and gone from
+        `model`, which is equal up to their rounding.
     """
 
     reference: ir.Model
     model: ir.Model
     rewrites: Mapping[str, int]
     given_db: float | None = None
+    kept: Kept = NOTHING_KEPT
+
+    def as_given(self, batch: Batch) -> Prepared:
+        """The file as it is, beside the real numbers that it stands for; beside itself where these are another model on a batch."""
+        given, real = self.reference, self.kept.real
+        if real is not None:
+            pair = (graph.runner(real)(batch), graph.runner(given)(batch))
+            real = real if drift.measure([pair]).worst_snr_db >= ROUGHLY_DB else None
+        kept = Kept(grids={}, weights={}, anew={})
+        return Prepared(
+            reference=given if real is None else real,
+            model=given.clone(),
+            rewrites={},
+            given_db=self.given_db,
+            kept=kept,
+        )
+
+    @property
+    def truth(self) -> ir.Model:
+        """The graph that plans are compared with: as given, where the file has a rounding of its own, which it was trained with."""
+        return self.model if self.kept is NOTHING_KEPT else self.reference
 
 
 def to_quantizable(model: ir.Model, batch: Batch, given: ir.Model | None = None) -> Prepared:
@@ -97,9 +125,15 @@ def to_quantizable(model: ir.Model, batch: Batch, given: ir.Model | None = None)
     reference = _proved(traced, CLEAN, expected, batch)[0]
     start = reference.clone()
     observed.fill(start, batch)
+    codes = taken.take(start, batch) if taken.is_quantized(start) else None
+    if codes is not None:
+        constants.rewrite(start)
+        expected = dict(_run(start, batch, "the graph without Q/DQ"))
+    real = start.clone() if codes is not None else None
     rewritten, counts = _proved(start, REWRITES, expected, batch)
     observed.fill(rewritten, batch)
-    return Prepared(reference=reference, model=rewritten, rewrites=counts, given_db=given_db)
+    said = NOTHING_KEPT if codes is None or real is None else kept.found(rewritten, codes, real)
+    return Prepared(reference=reference, model=rewritten, rewrites=counts, given_db=given_db, kept=said)
 
 
 def _proved(

@@ -3,6 +3,7 @@
 1. Doc strings and metadata (stack traces, source paths, module scopes of the tracer) are removed.
 2. A node without a name, or with a name already taken, is called after its first output. Those in branches and bodies count:
    a plan, a rule and ONNX Runtime's profile all know a node by its name alone.
+   A name that ONNX Runtime's quantizer gives to nodes of its own gets an ending.
    Line breaks and "|" in a name become "_": a node is one field of one line in plan.txt, whose fields "|" separates.
 3. A tensor `x_scale` beside a tensor `x` is renamed: it is what ONNX Runtime's quantizer calls the scale of x. So are
    the other names it makes up. Of two where one is an input or output of the graph, the other is renamed.
@@ -17,6 +18,7 @@ from onnx_ir.passes import common as passes
 
 from exporter.prepare import edit
 
+QUANTIZERS = re.compile(r"(_(?:Quantize|Dequantize)Linear)$")  # its own nodes end so
 ONE_FIELD = re.compile(r"[|\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")  # what str.splitlines splits at
 
 
@@ -26,7 +28,7 @@ def rewrite(model: ir.Model) -> int:
     model.producer_name, model.producer_version = "packlight", ""
     taken: set[str] = set()
     for node in [node for each in model.graphs() for node in each]:
-        plain = ONE_FIELD.sub("_", node.name or "").strip()
+        plain = QUANTIZERS.sub(r"\1_own", ONE_FIELD.sub("_", node.name or "").strip())
         modified |= plain != (node.name or "")
         node.name = plain
         if not node.name or node.name in taken:

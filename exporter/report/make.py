@@ -60,6 +60,7 @@ def make(
     shrunk: Shrunk,
     recorded: Recorded,
     models: Models,
+    kept: str = "",
 ) -> Report:
     """The report, without what only a machine and a moment can tell."""
     ort_bytes = len(models.phone.ort) if models.phone is not None else None
@@ -107,6 +108,7 @@ def make(
         timing=None,
         search_took=None,
         scores={},
+        kept=kept,
     )
 
 

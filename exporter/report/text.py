@@ -29,6 +29,7 @@ def render(report: Report) -> str:
         *(_row("note", "; ".join(report.notes)) if report.notes else []),
         *_row("traced", _traced(report)),
         *_row("decided", _decided(report)),
+        *(_row("", f"kept from the file: {report.kept}") if report.kept else []),
         *(line for layers in (*_float_layers(report), *_dynamic_lstm(report)) for line in _row("", layers)),
         *(line for correction in _corrections(report) for line in _row("", correction)),
         *_row("search", search(report)),
@@ -107,7 +108,7 @@ def _effort(report: Report) -> str:
 def _beside_fp32(report: Report) -> str:
     """How fast the plan is beside FP32, as the search timed them; plainly where it is slower. Empty where FP32 was not timed."""
     found = report.search
-    if found.fp32_ms is None:
+    if found.fp32_ms is None or not found.chosen.ms:  # of nodes that a plan can choose for, and there are none
         return ""
     how = "when it was timed" if found.chosen.timed or found.chosen == found.first else "as predicted"
     speed = f"{found.fp32_ms / found.chosen.ms:.2f}x as fast as FP32 {how}"

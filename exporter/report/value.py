@@ -115,6 +115,7 @@ class Report:
     timing: a property of this machine and moment; None in the bundle's own report, so that its bytes are the export's.
     search_took: None like timing.
     scores: {metric: (FP32, int8)} of the user's evaluate(); empty like timing.
+    kept: what the plan has of the codes and scales that the file came with; empty, and not in the JSON, where it came with none.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Report:
     timing: Timing | None
     search_took: Took | None
     scores: Mapping[str, tuple[float, float]]
+    kept: str = ""
 
     @property
     def search_sentence(self) -> str:
@@ -164,7 +166,8 @@ class Report:
 
     def to_json(self) -> str:
         """Canonical JSON of every field; ±inf as the strings "inf" and "-inf"."""
-        return canonical(self)
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return canonical(fields if self.kept else {name: value for name, value in fields.items() if name != "kept"})
 
     @property
     def outside(self) -> tuple[Coverage, ...]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import onnx_ir as ir
@@ -86,6 +87,7 @@ def improve(
     tell: Progress,
     open_gates: Callable[[Plan], Opened | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    truth: ir.Model | None = None,
 ) -> Improved:
     """Search as the recipe asks, and quantize under the plan that was found.
 
@@ -99,6 +101,7 @@ def improve(
         tell: told what is being done.
         open_gates: `correct.open_gates` of a plan.
         clock: elapsed seconds.
+        truth: see `Problem`.
 
     Raises:
         RecipeError: the cost table cannot be read, or is of another graph.
@@ -139,8 +142,10 @@ def improve(
         ratio=ratio if measuring or timed else None,
         ratio_seconds=faster.takes_seconds(prices.predict(model, plan, costs, shapes)) if here else 0.0,
         open=open_gates if gates else None,
+        truth=truth,
     )
     parts = _evaluated(plans, plain, source(plan), means, batches, target, recipe, goal)
+    parts = parts if truth is None else chain(parts, [graph.to_bytes(truth)])
     known = memory.at(home, parts, tell.note)
     try:
         found = search(problem, goal, tell, known, clock)

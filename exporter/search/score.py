@@ -92,6 +92,7 @@ class Problem:
     ratio: the time of a plan's int8 graph over that of the static plan's, or None where it cannot be timed; None predicts
         all. ratio_seconds: about what one such ratio takes, elapsed.
     open: the plan with its int8 gates open, or None where it has none; None opens none.
+    truth: the graph whose outputs plans are compared with; None is the float graph that they are of.
     """
 
     plans: Plans
@@ -100,6 +101,7 @@ class Problem:
     ratio: Callable[[Point, ir.Model], float | None] | None = None
     ratio_seconds: float = 0.0
     open: Callable[[Plan], Opened | None] | None = None
+    truth: ir.Model | None = None
 
 
 class Scores:
@@ -148,17 +150,21 @@ class Scores:
             self.timed(self.points[dynamic], first)
         self.behind_ms = self.points[dynamic].ms - predicted.ms
 
+    @property
+    def _truth(self) -> ir.Model:
+        return self.problem.plans.model if self.problem.truth is None else self.problem.truth
+
     @cached_property
     def outputs(self) -> list[Mapping[str, Array]]:
         """Of the FP32 graph, on each batch."""
-        return list(map(graph.runner(self.problem.plans.model), self.problem.batches))
+        return list(map(graph.runner(self._truth), self.problem.batches))
 
     @cached_property
     def inner(self) -> list[Mapping[str, Array]]:
         """The same, of what a last Softmax or Sigmoid reads."""
         if not self.squashed:
             return self.outputs
-        return list(map(graph.runner(graph.unsquashed(self.problem.plans.model)), self.problem.batches))
+        return list(map(graph.runner(graph.unsquashed(self._truth)), self.problem.batches))
 
     @cached_property
     def grounds(self) -> Mapping[str, drift.Ground]:

@@ -34,7 +34,9 @@ def flat(report: Report) -> str:
 
 def test_json_has_every_field_and_is_canonical(exported: Exported) -> None:
     found = json.loads(exported.report.to_json())
-    assert [*found] == sorted(field.name for field in fields(Report))
+    assert [*found] == sorted(
+        field.name for field in fields(Report) if field.name != "kept"
+    )  # the network came in float
     assert found["integer_macs"] == 1.0
     assert found["drift"]["outputs"][0]["name"] == "logits"
     assert found["timing"]["ratio"] == exported.report.timing.ratio  # type: ignore[union-attr]
