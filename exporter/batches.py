@@ -75,7 +75,13 @@ def read(given: Any, tensors: Sequence[Tensor], role: str, left_out: dict[str, i
         raise CalibrationError(
             role, found=f"the path {given}", expected="an iterable of batches", do="open it with exporter.data.stream"
         )
-    for number, raw in enumerate(given):
+    try:
+        stream = iter(given)
+    except TypeError as error:
+        raise CalibrationError(
+            role, found=f"{type(given).__name__}: {error}"[:200], expected="an iterable of batches"
+        ) from error
+    for number, raw in enumerate(stream):
         yield _checked(raw, tensors, role, number, {} if left_out is None else left_out)
 
 

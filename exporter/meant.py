@@ -83,7 +83,14 @@ def recipe(given: Any) -> Recipe:
 
 
 def require_settings(
-    heldout: Any, calibration: Any, workers: Any, evaluate: Any, costs: Any, max_evaluations: Any, max_minutes: Any
+    heldout: Any,
+    calibration: Any,
+    progress: Any,
+    workers: Any,
+    evaluate: Any,
+    costs: Any,
+    max_evaluations: Any,
+    max_minutes: Any,
 ) -> None:
     """Refuse settings of another type, before any long work.
 
@@ -95,13 +102,18 @@ def require_settings(
             "heldout", found="the iterator that calibration reads, too", expected="other batches, or None",
             do="leave heldout out: every fourth calibration batch is then kept apart",
         )  # fmt: skip
+    if progress is not None and not all(hasattr(progress, name) for name in ("stage", "note", "each")):
+        raise PacklightError(
+            "progress", found=_kind(progress), expected="an object with stage(), note() and each(), or None"
+        )
     if evaluate is not None and not callable(evaluate):
         raise RecipeError("evaluate", found=_kind(evaluate), expected="a function run -> {metric: value}")
     if workers is not None and not isinstance(workers, str):
         raise PacklightError("workers", found=repr(workers), expected='"local:N", or "tcp://host:port"')
     if costs is not None and not (isinstance(costs, str | os.PathLike) and Path(costs).is_file()):
         raise RecipeError("costs", found=repr(costs), expected="the path of another export's costs.json")
-    if max_evaluations is not None and (type(max_evaluations) is not int or max_evaluations < 0):
+    whole = hasattr(max_evaluations, "__index__") and not isinstance(max_evaluations, bool)
+    if max_evaluations is not None and not (whole and max_evaluations >= 0):
         raise PacklightError("max_evaluations", found=repr(max_evaluations), expected="0 or more, as an int")
     number = isinstance(max_minutes, int | float) and not isinstance(max_minutes, bool)
     if max_minutes is not None and not (number and math.isfinite(max_minutes) and max_minutes >= 0):

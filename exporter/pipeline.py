@@ -85,7 +85,7 @@ def export(
     tell = progress or Silent()
     place_of_it = bundle.require_place(out)
     recipe = meant.recipe(recipe)
-    meant.require_settings(heldout, calibration, workers, evaluate, costs, max_evaluations, max_minutes)
+    meant.require_settings(heldout, calibration, progress, workers, evaluate, costs, max_evaluations, max_minutes)
     caps = search.Caps(
         costs=None if costs is None else Path(costs), max_evaluations=max_evaluations, max_minutes=max_minutes
     )

@@ -115,13 +115,19 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         RecipeError: neither a preset nor a file, no TOML, or a key or value that is not known.
     """
     known = presets()
+    if not isinstance(name_or_path, str | Path):
+        raise RecipeError(
+            "recipe", found=type(name_or_path).__name__, expected=f"a preset ({', '.join(known)}) or a path"
+        )
     if str(name_or_path) in known:
         text = (resources.files("exporter") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
         return parse(text, f"{name_or_path}.toml")
     path = Path(name_or_path)
     try:
         return parse(path.read_text(encoding="utf-8"), path.name, path.parent)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are not UTF-8, a path with a NUL
+        if path.name and path.is_file():
+            raise RecipeError(str(path), found=str(error)[:200], expected="a TOML file in UTF-8") from error
         near = difflib.get_close_matches(str(name_or_path), known, n=1, cutoff=0.4)
         raise RecipeError(
             "no such recipe",

@@ -77,7 +77,7 @@ def from_module(
     examples = {key: batches.as_array(value, key) for key, value in inputs.items()}
     _check_names(examples, outputs, dynamic or {})
     return Source(
-        name=name or type(module).__name__,
+        name=str(name or type(module).__name__),
         model=module,
         inputs=examples,
         outputs=tuple(outputs),
@@ -169,7 +169,7 @@ def from_pretrained(folder: str | Path, task: str = "auto") -> Source:
     Raises:
         TraceError: optimum is not installed, the folder is no such model, or it becomes more than one graph.
     """
-    folder = Path(folder)
+    folder = _path(folder, "from_pretrained")
     if not (folder / "config.json").is_file():
         raise TraceError(str(folder), found="no config.json", expected="a folder written by save_pretrained")
     try:
@@ -290,6 +290,13 @@ def _check_names(inputs: Mapping[str, Array], outputs: Sequence[str], dynamic: M
         raise TraceError("from_module", found="no inputs" if not inputs else "no outputs", expected="names for both")
     if isinstance(outputs, str):
         raise TraceError("from_module: outputs", found=f"the string {outputs!r}", expected=f"a list: [{outputs!r}]")
+    if not isinstance(outputs, Sequence):
+        raise TraceError("from_module: outputs", found=type(outputs).__name__, expected='a list of names: ["logits"]')
+    if bad := [name for name in (*inputs, *outputs) if not isinstance(name, str) or not name]:
+        raise TraceError("from_module: names", found=repr(bad[0])[:80], expected="texts that are not empty")
+    if not isinstance(dynamic, Mapping):
+        expected = '{input: {axis: label}}, as in {"image": {0: "batch"}}'
+        raise TraceError("dynamic", found=repr(dynamic)[:80], expected=expected)
     clash = set(inputs) & set(outputs)
     if clash or len(set(outputs)) != len(outputs):
         raise TraceError("from_module", found=f"names used twice in {[*inputs, *outputs]}", expected="different names")
@@ -429,8 +436,10 @@ def _require_ranks(model: onnx.ModelProto, path: Path) -> None:
 def _path(given: object, what: str) -> Path:
     if isinstance(given, onnx.ModelProto):
         raise TraceError(what, found="a ModelProto", expected="a path", do="save it with onnx.save")
-    if not isinstance(given, str | Path):
-        raise TraceError(what, found=type(given).__name__, expected="a path")
+    if not isinstance(given, str | Path) or "\0" in str(given):
+        raise TraceError(
+            what, found=type(given).__name__ if not isinstance(given, str) else repr(given), expected="a path"
+        )
     return Path(given)
 
 

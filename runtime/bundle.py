@@ -81,8 +81,10 @@ def load(
     Raises:
         BundleError: see verify(); or ONNX Runtime refuses the model, or the model is not the one the manifest describes.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise BundleError("load", found=type(path).__name__, expected="the path of a bundle's folder")
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise BundleError(
+            "load", found=repr(path)[:80] if not path else type(path).__name__, expected="the path of a bundle's folder"
+        )
     bundle = Bundle(_folder(path), verify(path), threads, providers, ort=ort)
     if not bundle.manifest.pair_rule:
         from runtime.cpu import pairs_in_int16  # here: `import runtime` need not load it

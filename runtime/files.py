@@ -24,6 +24,13 @@ def require_writable(path: str | os.PathLike[str], what: str) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise PacklightError(what, found=repr(path), expected="a path", do="name where to write")
     place = Path(os.path.abspath(path))
+    try:
+        os.lstat(place)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL; a folder that may not be entered
+        found = said(error) if isinstance(error, OSError) else str(error)
+        raise PacklightError(f"{what} {str(path)[:80]}", found=found, expected="a path that can be made") from error
     above = next((each for each in place.parents if os.path.lexists(each)), place)
     if not above.is_dir():
         raise PacklightError(f"{what} {path}", found=f"{above} is not a folder", expected="a folder to write into")

@@ -10,6 +10,7 @@ Needs Pillow (the extra `images`); importing this module does not.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
@@ -107,6 +108,10 @@ def decode(picture: Any) -> Image:
     if isinstance(picture, np.ndarray):
         return _from_pixels(picture, pillow)
     name = _name(picture)
+    if not isinstance(picture, str | os.PathLike | pillow.Image) and not hasattr(picture, "read"):
+        raise InputError(
+            name, found=type(picture).__name__, expected="a path, an open file, a PIL image, or uint8 pixels of numpy"
+        )
     try:
         if isinstance(picture, pillow.Image):
             opened = picture

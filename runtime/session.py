@@ -57,7 +57,7 @@ def open_session(
         PacklightError: threads that are no number from 1 on, or a provider this build of ONNX Runtime does not have.
         BundleError: ONNX Runtime refuses the model; its own words, shortened.
     """
-    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+    if threads is not None and (isinstance(threads, bool) or not hasattr(threads, "__index__") or threads < 1):
         raise PacklightError("threads", found=repr(threads), expected="1 or more, as an int")
     if isinstance(providers, str):
         raise PacklightError("providers", found=repr(providers), expected=f"a list: [{providers!r}]")
@@ -70,7 +70,7 @@ def open_session(
     settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     settings.log_severity_level = ERRORS_ONLY
     if threads is not None:
-        settings.intra_op_num_threads = threads
+        settings.intra_op_num_threads = int(threads)
     if profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)

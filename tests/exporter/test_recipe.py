@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -170,3 +171,15 @@ def test_limit_is_added_however_the_table_is_written(end: str) -> None:
     assert (found.budget.max_abs, found.budget.max_size_bytes) == (before.budget.max_abs, 6_000_000)
     assert found.rules == before.rules
     recipe.require_own_text(found)
+
+
+@pytest.mark.parametrize("given", [None, 3, {"target": "portable"}, "a\0b"])
+def test_what_is_no_name_and_no_path_is_refused(given: Any) -> None:
+    with pytest.raises(RecipeError, match="expected a preset"):
+        load_recipe(given)
+
+
+def test_file_that_is_no_text_is_named_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="r.toml: found 'utf-8' codec .*, expected a TOML file in UTF-8"):
+        load_recipe(tmp_path / "r.toml")

@@ -274,7 +274,7 @@ def test_load_of_what_is_no_folder_says_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"x")
     with pytest.raises(BundleError, match="found a file, expected a bundle; give the folder"):
         runtime.load(tmp_path / "m.onnx")
-    with pytest.raises(BundleError, match="load: found NoneType, expected the path"):
+    with pytest.raises(BundleError, match="load: found None, expected the path"):
         runtime.load(None)  # type: ignore[arg-type]
 
 

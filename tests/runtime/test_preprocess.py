@@ -244,3 +244,9 @@ def test_missing_and_unknown_keys_are_refused() -> None:
 def test_bundle_that_was_not_made_from_pictures_says_so(given: Any, found: str) -> None:
     with pytest.raises(PacklightError, match=rf"preprocessing: found {found}, .* and \[images\] in the recipe"):
         preprocess.image(pixels(4, 6), given)
+
+
+@pytest.mark.parametrize("given", [None, 3, [1], b"bytes"])
+def test_what_is_no_picture_is_refused_by_its_type(given: Any) -> None:
+    with pytest.raises(InputError, match=f"found {type(given).__name__}, expected a path, an open file, a PIL image"):
+        preprocess.image(given, asked())
