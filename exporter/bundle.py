@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter import heldout, mobile, ort_format
+from exporter import heldout, mobile, ort_format, weights
 from exporter.batches import Batch
 from exporter.errors import CalibrationError
 from exporter.heldout import THREADS
@@ -202,8 +202,8 @@ def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping
         with _staging(out) as folder:
             write_probe(folder / manifests.PROBE, probes)
             for name, content in files.items():
-                (folder / name).write_bytes(content)
-            listed = {name: manifests.digest(folder / name) for name in sorted([*files, manifests.PROBE])}
+                weights.write(content, folder / name)
+            listed = {each.name: manifests.digest(each) for each in sorted(folder.iterdir())}
             complete = replace(manifest, files=listed)
             (folder / manifests.MANIFEST).write_text(manifests.dumps(complete), encoding="utf-8")
             _require_loadable(folder, out)
@@ -260,5 +260,5 @@ def _move(folder: Path, out: Path) -> None:
 def _kernels(int8: bytes, inputs: Batch, session: Mapping[str, str]) -> Kernels:
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder:
         model = Path(folder) / manifests.INT8
-        model.write_bytes(int8)
+        weights.place(int8, model)
         return trace(model, inputs, threads=THREADS, entries=session)

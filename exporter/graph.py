@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from exporter import weights
 from exporter.batches import Array, Batch
 from runtime import session
 from runtime.errors import BundleError, PacklightError
@@ -67,8 +68,8 @@ def outputs(model: ir.Model) -> tuple[Tensor, ...]:
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    """The file's bytes. The same model gives the same bytes."""
-    return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+    """The file's bytes, the same for the same model; weights too many for protobuf lie beside them (`weights`)."""
+    return bytes(ir.serde.serialize_model(weights.outside(model)).SerializeToString(deterministic=True))
 
 
 def runner(model: ir.Model, threads: int | None = None) -> Callable[[Batch], dict[str, Array]]:

@@ -33,6 +33,7 @@ from exporter import (
     target,
     trace,
     varies,
+    weights,
 )
 from exporter import recipe as recipes
 from exporter.budget import Evaluate
@@ -118,6 +119,9 @@ def _export(
     prepared = prepare.to_quantizable(traced.model, split.first, traced.given)
     if prepared.kept and already.is_whole(prepared.reference, cpu):
         prepared = prepared.as_given(split.first)
+
+    if ort or there is not None:
+        weights.require_bytes(prepared.reference, "--ort" if ort else "--cluster")
 
     accepts = None
     if drops and evaluate is not None:  # before calibration: a metric that it does not return is refused

@@ -27,6 +27,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
 from exporter import dynamic, gates, graph
+from exporter import weights as large
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
 from exporter.errors import CalibrationError, QuantizeError
@@ -126,7 +127,7 @@ def ranges_by_onnxruntime(
     reader = _Reader(batches)
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder, quiet():
         path = Path(folder) / "fp32.onnx"
-        path.write_bytes(graph.to_bytes(model))
+        large.place(graph.to_bytes(model), path)
         try:
             calibrator = create_calibrator(
                 path,
@@ -223,7 +224,10 @@ def _own_weights(model: ir.Model, plan: Plan) -> ir.Model:
 
 
 def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, Rounded]) -> ir.Model:
-    given = ir.serde.serialize_model(model)
+    # what no int8 node reads need not go through the quantizer, which copies all of it
+    read = _read_by(model, plan.int8)
+    beside = {name: tensor for name, tensor in large.heavy(model).items() if name not in read}
+    given = ir.serde.serialize_model(large.inside(large.without(model, beside) if beside else model))
     for initializer in given.graph.initializer:
         if initializer.name in rounded:  # rounding code · scale to nearest gives the code again
             initializer.CopyFrom(onnx.numpy_helper.from_array(dequantize(rounded[initializer.name]), initializer.name))
@@ -270,6 +274,7 @@ def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, 
                 do="keep the node it names float with a rule, and report the model to us",
             ) from error
         made = ir.serde.deserialize_model(onnx.load(out))
+        large.restore(made, beside)
         if any(
             attribute.type == ir.AttributeType.GRAPH for node in made.graph for attribute in node.attributes.values()
         ):

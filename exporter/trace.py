@@ -59,6 +59,8 @@ def to_onnx(source: Source) -> Traced:
     """
     if isinstance(source.model, onnx.ModelProto):
         given = ir.serde.deserialize_model(source.model)
+        if source.folder is not None:
+            ir.external_data.set_base_dir(given.graph, source.folder)
         model, notes = precision.to_float32(given)
         return Traced(model=model, exporter="onnx", sizes=(), notes=notes, given=given if notes else None)
     failures: list[str] = []

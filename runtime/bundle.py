@@ -243,6 +243,9 @@ def int8_model(folder: Path, manifest: Manifest, ort: bool | None = None) -> Pat
 
 def _may_be_left_off(name: str, present: Sequence[str]) -> bool:
     """Whether a device can do without this file: the reference, and of the two forms of the int8 model one."""
+    if name.endswith(manifests.DATA):  # with its model, and only with it
+        name = name.removesuffix(manifests.DATA)
+        return name not in present and _may_be_left_off(name, present)
     return name in manifests.OPTIONAL or (name in manifests.FORMS and any(form in present for form in manifests.FORMS))
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, INT8, FP32, PROBE = "manifest.json", "model.int8.onnx", "model.fp32.onnx", "probe.npz"
 ORT, OPERATORS = "model.int8.ort", "required_operators_and_types.config"
+DATA = ".data"  # behind a model's name: the file with its large weights, which protobuf could not hold
 OPTIONAL = frozenset({FP32})
 FORMS = (INT8, ORT)  # of the int8 model; where the manifest lists both, a device needs one
 

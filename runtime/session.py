@@ -23,12 +23,21 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
     *(each for each in vars(ort_native).values() if isinstance(each, type) and issubclass(each, Exception)),
 )
 LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
+WEIGHTS = "session.model_external_initializers_file_folder_path"  # of a model that is given as bytes
 ERRORS_ONLY = 3  # ONNX Runtime's severity: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal
 
 
 def without(entries: Mapping[str, str], optimizer: str) -> dict[str, str]:
     """The entries with one more optimizer switched off."""
     return {**entries, LISTED: ";".join(filter(None, (entries.get(LISTED, ""), optimizer)))}
+
+
+def read_weights_from(folder: Path) -> None:
+    """Where the external data lie that models given as bytes refer to, in this process."""
+    _WEIGHTS_FOLDER[:] = [str(folder)]
+
+
+_WEIGHTS_FOLDER: list[str] = []
 
 
 def open_session(
@@ -78,6 +87,8 @@ def open_session(
         settings.optimized_model_filepath = str(optimized)
     path = "" if isinstance(model, bytes) else str(model)
     try:
+        if isinstance(model, bytes) and _WEIGHTS_FOLDER:
+            settings.add_session_config_entry(WEIGHTS, _WEIGHTS_FOLDER[0])
         for key, value in entries.items():
             settings.add_session_config_entry(key, value)
         return ort.InferenceSession(model if isinstance(model, bytes) else path, settings, providers=wanted)

@@ -34,6 +34,7 @@ EXPORTERS = {
 SHARED = {
     "errors",
     "sniff",
+    "weights",
     "data",
     "progress",
     "quiet",

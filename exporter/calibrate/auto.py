@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from exporter import graph, varies
+from exporter import graph, varies, weights
 from exporter.batches import Array, Batch
 from exporter.calibrate import methods
 from exporter.calibrate.domain import distinguish
@@ -318,7 +318,7 @@ def patcher(model: ir.Model, int8: ir.Model) -> Callable[[Ranges], bytes]:
 
     The model is that of `quantize.to_int8` with the same ranges, but for weights whose scale the quantizer widens for a bias.
     """
-    proto = ir.serde.serialize_model(int8)
+    proto = ir.serde.serialize_model(weights.outside(int8))
     initializers = {each.name: each for each in proto.graph.initializer}
     real = {name: graph.constant(value) for name, value in model.graph.initializers.items()}
     biases = list(_biases(proto, initializers))

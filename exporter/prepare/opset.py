@@ -21,6 +21,7 @@ import onnx_ir as ir
 from onnx import version_converter
 from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
 
+from exporter import weights
 from exporter.errors import TraceError
 from exporter.trace import OPSET
 
@@ -41,8 +42,10 @@ def rewrite(model: ir.Model) -> int:
     for node in unknown:
         node.domain = THROUGH
     model.opset_imports[THROUGH] = 1
+    heavy = weights.heavy(model)
+    light = weights.without(model, heavy) if heavy else model
     try:
-        raised = version_converter.convert_version(ir.serde.serialize_model(model), OPSET)
+        raised = version_converter.convert_version(ir.serde.serialize_model(light), OPSET)
     except (RuntimeError, version_converter.ConvertError) as error:
         raise TraceError(
             f"opset {found} cannot be raised to {OPSET}",
@@ -50,6 +53,7 @@ def rewrite(model: ir.Model) -> int:
             do=f"export the model again at opset {OPSET}",
         ) from error
     converted = ir.serde.deserialize_model(raised)
+    weights.restore(converted, heavy)
     for node in _nodes(converted):
         node.domain = "" if node.domain == THROUGH else node.domain
     del converted.opset_imports[THROUGH]

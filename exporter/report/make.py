@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from exporter import data, graph
+from exporter import data, graph, weights
 from exporter import recipe as recipes
 from exporter.batches import Split
 from exporter.budget import Drop, Evaluate, metrics
@@ -64,7 +64,7 @@ def make(
 ) -> Report:
     """The report, without what only a machine and a moment can tell."""
     ort_bytes = len(models.phone.ort) if models.phone is not None else None
-    ships = max(len(models.int8), ort_bytes or 0)  # a device may take either
+    ships = max(weights.size(models.int8), ort_bytes or 0)  # a device may take either
     on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
     lines = tuple(gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None))
     return Report(
@@ -96,8 +96,8 @@ def make(
         integer_macs=recorded.kernels.integer_macs,
         macs=recorded.kernels.macs,
         drift=recorded.drift,
-        fp32_bytes=len(models.fp32),
-        int8_bytes=len(models.int8),
+        fp32_bytes=weights.size(models.fp32),
+        int8_bytes=weights.size(models.int8),
         ort_bytes=ort_bytes,
         ort_integer_macs=models.proof.ort_integer_macs if models.proof is not None else None,
         ort_batches=models.proof.batches if models.proof is not None else None,

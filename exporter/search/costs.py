@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from exporter import graph, place, products
+from exporter import graph, place, products, weights
 from exporter.batches import Batch
 from exporter.dynamic import PRODUCT
 from exporter.errors import RecipeError
@@ -125,7 +125,7 @@ def measure(
             laid_dynamic, there = products.ready(dynamic, target)
             graphs.append((laid_dynamic, there.session))
         for each, entries in graphs:
-            path.write_bytes(graph.to_bytes(each))
+            weights.place(graph.to_bytes(each), path)
             taken.append(trace(path, batch, entries=entries, runs=runs).kernels)
     in_float, in_int8 = map(_by_node, taken[:2])
     in_dynamic = _by_node(taken[-1])
