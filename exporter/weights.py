@@ -162,11 +162,11 @@ def _placed(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
                 _copy(given, tensor.offset or 0, tensor.nbytes, out)
     else:
         array = np.ascontiguousarray(tensor.numpy())
-        file = _name(repr((array.dtype.str, array.shape)).encode(), memoryview(array.reshape(-1).view("u1")))
+        file = _name(repr((array.dtype.str, array.shape)).encode(), array.reshape(-1).view(np.uint8).data)
         if not (_folder() / file).exists():
             array.tofile(_folder() / file)
     made = ir.ExternalTensor(
-        file, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=_folder()
+        file, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=_folder()
     )
     _PLACED[id(tensor)] = _PLACED[id(made)] = (tensor, made)
     return made

@@ -48,6 +48,7 @@ SHARED = {
     "varies",
 }
 STAGES = (
+    "external",
     "source",
     "meant",
     "precision",
