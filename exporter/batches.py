@@ -279,6 +279,9 @@ def _reshaped(shape: Sequence[int], wanted: Sequence[int | str]) -> str:
     return ""
 
 
+LOOKED = 32  # batches, for one with values in every input
+
+
 class Split:
     """Calibration and held-out batches that do not meet.
 
@@ -286,6 +289,8 @@ class Split:
     used after all and `overlapping` says so, for then drift is optimistic. Without held-out data every fourth
     calibration batch is kept apart for it, MOST_APART at most. Streams are read once: the first batch of each here, so
     that a mistake is found before the long work, then the rest of calibration, then the rest of the held-out data.
+
+    first: the first calibration batch with values in every input, as far as there is one among LOOKED. kept: batches like it.
     """
 
     EVERY = 4
@@ -303,7 +308,7 @@ class Split:
             self.total -= self.total_heldout
         self._left_out: dict[str, int] = {}
         stream = read(calibration, tensors, "calibration", self._left_out)
-        self.first, self._stream = peek(stream, "calibration", calibration)
+        self.first, self._stream = _with_values(*peek(stream, "calibration", calibration))
         self._heldout: Iterator[Batch] | None = None
         if heldout is not None:
             _, self._heldout = peek(read(heldout, tensors, "heldout", self._left_out), "heldout", heldout)
@@ -327,9 +332,12 @@ class Split:
                 self._apart.append(batch)
                 continue
             self._seen.add(digest(batch))
-            if len(self.kept) < (self.KEPT_MOST if self._small(batch) else self.KEPT):
+            room = len(self.kept) < (self.KEPT_MOST if self._small(batch) else self.KEPT)
+            if room and not _emptier(batch, self.first):  # nothing can be compared on nothing
                 self.kept.append(batch)
             yield batch
+        if not self.kept:
+            self.kept.append(self.first)
 
     def _small(self, batch: Batch) -> bool:
         """Whether KEPT_MOST batches like this one would fit."""
@@ -348,6 +356,20 @@ class Split:
                 yield batch
         if self.overlapping:
             yield from repeated
+
+
+def _with_values(first: Batch, stream: Iterator[Batch]) -> tuple[Batch, Iterator[Batch]]:
+    """The first of LOOKED batches with values in every input, else the first; and the stream."""
+    head: list[Batch] = []
+    for batch in itertools.islice(stream, LOOKED):
+        head.append(batch)
+        if all(array.size for array in batch.values()):
+            return batch, itertools.chain(head, stream)
+    return first, itertools.chain(head, stream)
+
+
+def _emptier(batch: Batch, other: Batch) -> bool:
+    return any(other[name].size and not array.size for name, array in batch.items())
 
 
 def _length(given: Any) -> int | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter import heldout, mobile, ort_format, weights
+from exporter import heldout, mobile, optional, ort_format, weights
 from exporter.batches import Batch
 from exporter.errors import CalibrationError
 from exporter.heldout import THREADS
@@ -70,13 +70,17 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """What ships: the models' bytes; for phones, where they were asked for, the .ort file, its proof, {file: who would take it}."""
+    """What ships: the models' bytes; for phones, where they were asked for, the .ort file, its proof, {file: who would take it}.
+
+    unjudged: why nobody knows who would take it; else empty.
+    """
 
     fp32: bytes
     int8: bytes
     phone: OrtModel | None
     proof: Proof | None
     mobile: Mapping[str, tuple[Usability, ...]]
+    unjudged: str = ""
 
 
 def models(fp32: bytes, int8: bytes, probes: Sequence[Probe], target: Target, *, ort: bool) -> Models:
@@ -89,8 +93,9 @@ def models(fp32: bytes, int8: bytes, probes: Sequence[Probe], target: Target, *,
         return Models(fp32=fp32, int8=int8, phone=None, proof=None, mobile={})
     phone = ort_format.convert(int8, target.session, target.name)
     proof = ort_format.prove(phone, int8, [probe.inputs for probe in probes], target.session, target.name)
-    usable = {manifests.INT8: mobile.judge(int8), manifests.FP32: mobile.judge(fp32)}
-    return Models(fp32=fp32, int8=int8, phone=phone, proof=proof, mobile=usable)
+    nobody: Mapping[str, tuple[Usability, ...]] = {}
+    usable = optional.attempt(lambda: {manifests.INT8: mobile.judge(int8), manifests.FP32: mobile.judge(fp32)}, nobody)
+    return Models(fp32=fp32, int8=int8, phone=phone, proof=proof, mobile=usable.value, unjudged=usable.why)
 
 
 def record(

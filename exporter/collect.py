@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from exporter import calibrate, cluster, quantize
+from exporter import accept, calibrate, cluster, optional, quantize
 from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges, Statistics, auto, cache, enough, methods
 from exporter.calibrate.auto import Chosen
@@ -20,18 +20,24 @@ from exporter.progress import Progress
 from exporter.qparams import Grid
 from exporter.recipe import Calibrate
 
+PLAIN = "minmax"  # the method that clips nothing
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
     """What calibration found.
 
+    plan: that which was given, or the next to it that can be quantized with these ranges (`accept`).
     ranges: cut to what readers tell apart. notes: {node: why its output has this range}, where the method chooses for each tensor.
+    untried: why the method of the ranges was not chosen by its effect, where that was asked; else empty.
     statistics: of the calibration batches. means: {(layer input, channel_axis): E[x]}.
     """
 
+    plan: Plan
     ranges: Ranges
     notes: Mapping[str, str]
     statistics: Statistics
+    untried: str = ""
 
     @property
     def means(self) -> Mapping[tuple[str, int], Array]:
@@ -47,6 +53,7 @@ def collect(
     tell: Progress,
     there: Cluster | None,
     grids: Mapping[str, Grid],
+    decide: accept.Place,
 ) -> Collected:
     """Observe the batches and choose every range.
 
@@ -59,17 +66,19 @@ def collect(
         tell: told what is being done.
         there: the workers to observe on, or None.
         grids: {tensor: codes that the file came with}, which it keeps.
+        decide: places the nodes again, where some cannot be quantized.
 
     Raises:
+        QuantizeError: nothing can be quantized.
         CalibrationError: see calibrate.observe; KeyboardInterrupt with what to tell about the batches that are kept.
     """
-    found = _collected(model, plan, asked, batches, kept, tell, there)
+    found = _collected(model, plan, asked, batches, kept, tell, there, decide)
     return replace(found, ranges=found.ranges.keeping(grids))
 
 
 def _collected(
     model: ir.Model, plan: Plan, asked: Calibrate, batches: Iterable[Batch], kept: Sequence[Batch], tell: Progress,
-    there: Cluster | None,
+    there: Cluster | None, decide: accept.Place,
 ) -> Collected:  # fmt: skip
     by_onnxruntime = asked.engine == "onnxruntime"
     if by_onnxruntime:
@@ -77,17 +86,30 @@ def _collected(
     found = _observe(model, plan, asked, batches, tell, there)
     if by_onnxruntime:
         ranges = quantize.ranges_by_onnxruntime(model, plan.tensors, batches, asked.method, asked.percentile)
-        return Collected(ranges=calibrate.distinguish(model, ranges), notes={}, statistics=found)
+        return _accepted(model, plan, calibrate.distinguish(model, ranges), found, kept, decide)
     if asked.method not in ("best", "auto"):
         ranges = methods.ranges(found, asked.method, asked.percentile)
-        return Collected(ranges=calibrate.distinguish(model, ranges), notes={}, statistics=found)
+        return _accepted(model, plan, calibrate.distinguish(model, ranges), found, kept, decide)
     tell.stage("choose the method of the ranges by its effect on the outputs")
     given = auto.candidates(model, found, asked.percentile)
-    int8 = quantize.to_int8(model, plan, given["minmax"], gates_on_codes=False)
-    folds = auto.crossed(model, int8, plan.tensors, kept, asked.percentile)
-    chosen = auto.choose(int8, given, folds, auto.EVALUATIONS if asked.method == "auto" else len(given))
+    taken = accept.accepted(model, plan, given[PLAIN], kept[0], decide)
+
+    def by_effect() -> Chosen:
+        folds = auto.crossed(model, taken.int8, taken.plan.tensors, kept, asked.percentile)
+        return auto.choose(taken.int8, given, folds, auto.EVALUATIONS if asked.method == "auto" else len(given))
+
+    tried = optional.attempt(by_effect, None)
+    if (chosen := tried.value) is None:
+        return Collected(plan=taken.plan, ranges=given[PLAIN], notes={}, statistics=found, untried=tried.why)
     ranges = chosen.ranges if chosen.changed else given[chosen.best]
-    return Collected(ranges=ranges, notes=_notes(model, chosen), statistics=found)
+    return Collected(plan=taken.plan, ranges=ranges, notes=_notes(model, chosen), statistics=found)
+
+
+def _accepted(
+    model: ir.Model, plan: Plan, ranges: Ranges, found: Statistics, kept: Sequence[Batch], decide: accept.Place
+) -> Collected:
+    taken = accept.accepted(model, plan, ranges, kept[0], decide)
+    return Collected(plan=taken.plan, ranges=ranges, notes={}, statistics=found)
 
 
 def watch(model: ir.Model, plan: Plan, collected: Collected) -> Watch:
@@ -99,6 +121,13 @@ def watch(model: ir.Model, plan: Plan, collected: Collected) -> Watch:
 def judge(model: ir.Model, collected: Collected, seen: Watch) -> Enough:
     """Whether the calibration data were enough, by themselves and beside the held-out batches."""
     return enough.judge(collected.statistics, seen.found, collected.ranges, model)
+
+
+def unjudged(why: str) -> Enough:
+    """Where that could not be said."""
+    return Enough(
+        curves=(), coverage=(), batches=0, sentence=f"whether more data would change anything is not known: {why}"
+    )
 
 
 def _notes(model: ir.Model, chosen: Chosen) -> dict[str, str]:

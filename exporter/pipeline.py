@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from exporter import (
     graph,
     lint,
     meant,
+    optional,
     place,
     prepare,
     products,
@@ -38,6 +40,7 @@ from exporter import (
 from exporter import recipe as recipes
 from exporter.budget import Evaluate
 from exporter.cluster import Cluster
+from exporter.place import Plan
 from exporter.prepare import kept
 from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
@@ -87,6 +90,7 @@ def export(
     place_of_it = bundle.require_place(out)
     recipe = meant.recipe(recipe)
     meant.require_settings(heldout, calibration, progress, workers, evaluate, costs, max_evaluations, max_minutes)
+    evaluate = None if evaluate is None else optional.callers(evaluate)
     caps = search.Caps(
         costs=None if costs is None else Path(costs), max_evaluations=max_evaluations, max_minutes=max_minutes
     )
@@ -132,9 +136,15 @@ def _export(
     shapes = graph.shapes(prepared.model, split.first)
     plan = place.decide(prepared.model, cpu, recipe.rules, shapes)
 
+    def decide(refused: Mapping[str, str], floats: Sequence[str]) -> Plan:
+        return place.decide(prepared.model, cpu, recipe.rules, shapes, floats, not_taken=refused)
+
     samples = partial(batches.samples, tensors=inputs)
     seen = tell.each(split.calibration(), "calibrate", split.total, samples)
-    found = collect.collect(prepared.model, plan, recipe.calibrate, seen, split.kept, tell, there, prepared.kept.grids)
+    found = collect.collect(
+        prepared.model, plan, recipe.calibrate, seen, split.kept, tell, there, prepared.kept.grids, decide
+    )
+    plan = found.plan
 
     tell.stage("quantize, and keep the corrections that help")
     corrected = correct.improve(
@@ -145,18 +155,28 @@ def _export(
     expected = list(map(graph.runner(prepared.truth), few))
     against = varies.grounds(prepared.model, expected, few)
     ruled = place.ruled(prepared.model, recipe.rules, "float")
-    if recurrences := recurrent.candidates(corrected.int8, plan, cpu, ruled):
+    recurrences = recurrent.candidates(corrected.int8, plan, cpu, ruled)
+    if recurrences:
         tell.stage("let LSTM run in integers, as many as the outputs bear")
-        limits, aim_db = search.limits(recipe), recipe.search.aim_snr_db
-        laid = recurrent.improve(corrected.int8, plan, recurrences, expected, few, aim_db, limits, accepts, against)
-        plan, corrected = laid.plan, replace(corrected, int8=laid.int8)
+    limits, aim_db = search.limits(recipe), recipe.search.aim_snr_db
+    laid = optional.attempt(
+        partial(recurrent.improve, corrected.int8, plan, recurrences, expected, few, aim_db, limits, accepts, against),
+        recurrent.Laid(int8=corrected.int8, plan=plan, layers=()),
+    )
+    plan, corrected = laid.value.plan, replace(corrected, int8=laid.value.int8)
     open_gates = partial(
         correct.open_gates, prepared.model, ranges=found.ranges, means=found.means, target=cpu, shapes=shapes, batches=split.kept,
     )  # fmt: skip
-    better = search.improve(
-        prepared.model, prepared.reference, plan, corrected.ranges, corrected.means, corrected, cpu, recipe, shapes, few, accepts,
-        caps, tell, None if prepared.kept else open_gates, truth=prepared.truth,
+    searched = optional.attempt(
+        partial(
+            search.improve, prepared.model, prepared.reference, plan, corrected.ranges, corrected.means, corrected, cpu, recipe,
+            shapes, few, accepts, caps, tell, None if prepared.kept else open_gates, truth=prepared.truth,
+        ),
+        None,
     )  # fmt: skip
+    better = searched.value or search.unsearched(
+        prepared.model, plan, corrected, cpu, recipe, shapes, expected, few, against
+    )
     corrected = better.corrected
     integer = {*better.plan.int8, *better.plan.dynamic}
     paired = {each.node: str(each) for each in corrected.paired if each.node in integer}
@@ -166,15 +186,19 @@ def _export(
 
     left = {*ruled, *better.found.chosen.float_layers}
     floor_db = -math.inf if recipe.budget.min_snr_db is None else recipe.budget.min_snr_db + budget.MARGIN_DB
-    shrunk = shrink.weights(better.int8, expected, few, left, floor_db=floor_db, against=against)
-    plan = plan.noted(shrunk.notes)
-    corrected = replace(corrected, pair_rule=corrected.pair_rule and not recurrent.is_in(shrunk.int8))
+    shrunk = optional.attempt(
+        partial(shrink.weights, better.int8, expected, few, left, floor_db=floor_db, against=against),
+        shrink.Shrunk(int8=better.int8, stored=(), before_db=None, after_db=None),
+    )
+    plan = plan.noted(shrunk.value.notes)
+    corrected = replace(corrected, pair_rule=corrected.pair_rule and not recurrent.is_in(shrunk.value.int8))
 
-    int8, cpu = products.ready(shrunk.int8, cpu)
+    signed = optional.attempt(partial(products.ready, shrunk.value.int8, cpu), (shrunk.value.int8, cpu))
+    int8, cpu = signed.value
     lint.require_sound(int8, cpu, better.plan.given)
-    judged = already.judge(int8, better.plan, cpu)
-    plan = plan.noted(judged.notes)
-    corrected = replace(corrected, pair_rule=corrected.pair_rule and judged.pair_rule)
+    from_int8 = already.judge(int8, better.plan, cpu)
+    plan = plan.noted(from_int8.notes)
+    corrected = replace(corrected, pair_rule=corrected.pair_rule and from_int8.pair_rule)
     fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(int8)
     watch = collect.watch(prepared.model, plan, found)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
@@ -186,7 +210,18 @@ def _export(
     tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
     models = bundle.models(fp32, shipped, recorded.probes, cpu, ort=ort)
     left_out = data.skipped(first, second)
-    enough = collect.judge(prepared.model, found, watch)
+    judged = optional.attempt(partial(collect.judge, prepared.model, found, watch), None)
+    enough = judged.value or collect.unjudged(judged.why)
+    untried = {
+        "choice of ranges": found.untried,
+        "LSTM in integers": laid.why,
+        "timing": better.untimed,
+        "search": searched.why,
+        "weights stored as codes": shrunk.why,
+        "signed codes of products": signed.why,
+        "look at held-out values": watch.untried or judged.why,
+        "what accelerators take": models.unjudged,
+    }
     made = report.make(
         source,
         (*taken.notes, *split.notes),
@@ -200,10 +235,11 @@ def _export(
         enough,
         corrected,
         better,
-        shrunk,
+        shrunk.value,
         recorded,
         models,
-        "; ".join(filter(None, (from_file.sentence, judged.sentence))),
+        {step: why for step, why in untried.items() if why},
+        "; ".join(filter(None, (from_file.sentence, from_int8.sentence))),
     )
 
     tell.stage("write the bundle, load it, time it")

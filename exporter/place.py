@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from exporter import gates, graph
+from exporter import gates, graph, rulebook
 from exporter.batches import Array
 from exporter.errors import RecipeError
 from exporter.graph import Shape
@@ -44,6 +44,7 @@ LSTM = "LSTM"
 GIVEN = "in integers as the file has it"
 # They read a tensor's shape, which its codes have too: no value crosses to them
 SHAPE_READERS = ("Shape", "Size")
+NONE_REFUSED: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +60,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A decision for every node, in graph order, and the tensors whose ranges the int8 nodes need."""
+    """A decision for every node, in graph order, and the tensors whose ranges the int8 nodes need.
+
+    refused: {node: why the quantizer did not take it}, which holds for every plan of the same graph (`accept`).
+    """
 
     decisions: tuple[Decision, ...]
     tensors: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def int8(self) -> tuple[str, ...]:
@@ -114,6 +119,7 @@ def decide(
     shapes: Mapping[str, Shape],
     floats: Collection[str] = (),
     dynamic: Collection[str] = (),
+    not_taken: Mapping[str, str] = NONE_REFUSED,
 ) -> Plan:
     """Place every node of the prepared graph.
 
@@ -124,12 +130,13 @@ def decide(
         shapes: the shape of every tensor on one real batch (`graph.shapes`): sizes decide what a crossing costs.
         floats: names of nodes that are float whatever they cost, as a search asks; no pattern, and before the rules.
         dynamic: names of layers that are dynamic, in the same way, where they are not among `floats`.
+        not_taken: {node: why the quantizer does not take it}: float, whatever a rule says.
 
     Raises:
         RecipeError: a rule that matches no node, or asks for int8 or dynamic where there is no such kernel.
     """
     nodes = list(model.graph)
-    ruled = _match(rules, nodes)
+    ruled = rulebook.matched(rules, nodes)
     asked: tuple[tuple[Precision, Collection[str]], ...] = (("dynamic", dynamic), ("float", floats))
     for precision, names in asked:
         ruled |= {
@@ -137,7 +144,8 @@ def decide(
             for node in nodes
             if node.name and node.name in names
         }
-    refused = {node: _refusal(node, target) for node in nodes}
+    refused = {node: not_taken.get(node.name or "") or _refusal(node, target) for node in nodes}
+    ruled = {node: r for node, r in ruled.items() if r.precision != "int8" or not _overruled(node, not_taken, floats)}
     for node, rule in ruled.items():
         if rule.precision == "int8" and refused[node]:
             raise RecipeError(
@@ -171,12 +179,12 @@ def decide(
         for value in (*graph.activations(node), *node.outputs)
         if value.name and value.dtype == ir.DataType.FLOAT
     )
-    return Plan(decisions=decisions, tensors=tuple(name for name in needed if name))
+    return Plan(decisions=decisions, tensors=tuple(name for name in needed if name), refused=dict(not_taken))
 
 
 def ruled(model: ir.Model, rules: Sequence[Rule], precision: Precision) -> frozenset[str]:
     """Names of the nodes that a rule calls int8, dynamic or float."""
-    matched = _match(rules, list(model.graph))
+    matched = rulebook.matched(rules, list(model.graph))
     return frozenset(node.name or "" for node, rule in matched.items() if rule.precision == precision)
 
 
@@ -195,6 +203,12 @@ def not_dynamic(node: ir.Node, target: Target) -> str:
     return "" if weight.ndim == 2 and weight.dtype == np.float32 else "dynamic int8 multiplies by a float32 matrix"
 
 
+def _overruled(node: ir.Node, not_taken: Collection[str], floats: Collection[str]) -> bool:
+    """Whether no rule can make a node int8: the quantizer does not take it, or what it folds into is float."""
+    maker = node.inputs[0].producer() if node.op_type in REMOVABLE and node.inputs[0] is not None else None
+    return node.name in not_taken or (maker is not None and (maker.name in not_taken or maker.name in floats))
+
+
 def _lstm_refusal(node: ir.Node) -> str:
     weights = [graph.constant(value) for value in node.inputs[1:3]]
     if any(weight is None or weight.dtype != np.float32 for weight in weights):
@@ -206,24 +220,6 @@ def _precision(node: ir.Node, chosen: Collection[ir.Node], ruled: Mapping[ir.Nod
     if node in chosen:
         return "int8"
     return "dynamic" if node in ruled and ruled[node].precision == "dynamic" else "float"
-
-
-def _match(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Rule]:
-    matched: dict[ir.Node, Rule] = {}
-    for number, rule in enumerate(rules):
-        pattern = rule.match.replace("[", "[[]")  # names have brackets in them; only * and ? mean something
-        found = [n for n in nodes if fnmatchcase(n.name or "", pattern) or fnmatchcase(n.op_type, pattern)]
-        if not found:
-            raise RecipeError(
-                f"rule {rule.match!r} matches no node",
-                found=f"{len(nodes)} nodes such as {', '.join(repr(n.name) for n in nodes[:3])}",
-                expected="a node name or an op_type",
-                do="list the names with `packlight explain`, or delete the rule",
-                where=f"rules[{number}]",
-            )
-        for node in found:
-            matched.setdefault(node, rule)
-    return matched
 
 
 def _refusal(node: ir.Node, target: Target) -> str:

@@ -26,7 +26,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-from exporter import dynamic, gates, graph
+from exporter import dynamic, gates, graph, widen
 from exporter import weights as large
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
@@ -38,8 +38,6 @@ from exporter.quiet import quiet
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 OWN = (QUANTIZE, DEQUANTIZE)
-# bias_code = bias / (input_scale * weight_scale) must be an int32; ORT widens weight_scale where it would not be
-INT32_LIMIT = 2**31 - 1
 ONNXRUNTIME_METHODS = MappingProxyType(
     {
         "minmax": CalibrationMethod.MinMax,
@@ -86,6 +84,7 @@ def to_int8(
         quantized = _rewrite(_own_weights(model, plan), plan, ranges, static)
         _read_real_values(quantized, model, plan)
         _check_plan(quantized, model, plan)
+        widen.biases(quantized, model)
         if gates_on_codes:
             gates.read(quantized, plan.int8)
         _check_numbers(quantized, model)
@@ -406,26 +405,39 @@ def _check_numbers(quantized: ir.Model, model: ir.Model) -> None:
             continue
         codes, scale = graph.constant(node.inputs[0]), graph.constant(node.inputs[1])
         name = _tensor(node)
-        if scale is None or not np.all(np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)):
+        sound = scale is not None and np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)
+        if scale is None or not np.all(sound):
+            found = "no scale" if scale is None else f"scale {scale[~np.asarray(sound)].reshape(-1)[0]:.3g}"
             raise QuantizeError(
-                f"tensor {name!r}", found=f"scale {scale}", expected="a positive normal float32", node=node.name or ""
+                f"tensor {name!r}", found=found, expected="a positive normal float32", node=_at_fault(node)
             )
         if codes is None:
             continue
         if codes.dtype == np.int8 and codes.size and codes.min() == -128:
             raise QuantizeError(
-                f"weight {name!r}", found="code -128", expected="-127..127: -128 wraps on ARM", node=node.name or ""
+                f"weight {name!r}", found="code -128", expected="-127..127: -128 wraps on ARM", node=_at_fault(node)
             )
         bias = real.get(name)
         if codes.dtype == np.int32 and bias is not None:
-            _check_bias(name, codes, scale, bias)
+            _check_bias(name, codes, scale, bias, _at_fault(node))
 
 
-def _check_bias(name: str, codes: Array, scale: Array, bias: Array) -> None:
+def _at_fault(dequantize: ir.Node) -> str:
+    """The node that reads these real numbers, else the one that makes them."""
+    readers = [usage.node for usage in dequantize.outputs[0].uses() if usage.node.op_type not in OWN]
+    writer = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
+    maker = (
+        writer.inputs[0].producer() if writer is not None and writer.inputs and writer.inputs[0] is not None else None
+    )
+    found = readers[0] if readers else maker
+    return "" if found is None else found.name or ""
+
+
+def _check_bias(name: str, codes: Array, scale: Array, bias: Array, node: str = "") -> None:
     """|bias - code · scale| <= scale per channel (round to nearest is scale/2), and no code at int32's end."""
     wide = codes.astype(np.float64)
     error = np.abs(bias.astype(np.float64) - wide * scale)
-    wrong = np.flatnonzero((error > scale + 1e-6 * np.abs(bias)) | (np.abs(wide) >= INT32_LIMIT))
+    wrong = np.flatnonzero((error > scale + 1e-6 * np.abs(bias)) | (np.abs(wide) >= widen.INT32_LIMIT))
     if wrong.size:
         channel = int(wrong[0])
         raise QuantizeError(
@@ -433,4 +445,5 @@ def _check_bias(name: str, codes: Array, scale: Array, bias: Array) -> None:
             found=f"{bias.reshape(-1)[channel]:.4g} at scale {np.broadcast_to(scale, bias.shape).reshape(-1)[channel]:.3g}",
             expected="a value that int32 holds",
             do="a dead weight channel or input: keep this layer float with a rule",
+            node=node,
         )

@@ -18,10 +18,12 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from exporter import optional
 from exporter.batches import Batch
 from exporter.calibrate import statistics
 from exporter.calibrate.domain import distinguish
@@ -87,22 +89,23 @@ class Enough:
 class Watch:
     """Looks at held-out batches on their way to where drift is measured: the first MOST, CHUNK at a time.
 
-    found: their statistics, once they have passed; None before any has.
+    found: their statistics, once they have passed; None before any has, and where they cannot be looked at: untried says why.
     """
 
     def __init__(self, look: ObserveChunk) -> None:
         self.found: Statistics | None = None
+        self.untried = ""
         self._look: ObserveChunk | None = look
 
     def through(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches.
-
-        Raises:
-            CalibrationError: NaN or infinity inside the network, or a batch that the graph refuses.
-        """
+        """The same batches. One with NaN or infinity inside, or that the graph refuses, is the last that is looked at."""
         for first, chunk in cut(itertools.islice(batches, MOST), CHUNK):
-            seen = self._looked(chunk, first)
-            self.found = seen if self.found is None else statistics.merge(self.found, seen)
+            tried = optional.attempt(partial(self._looked, chunk, first), None)
+            if tried.value is None:
+                self.untried = tried.why
+                yield from chunk
+                break
+            self.found = tried.value if self.found is None else statistics.merge(self.found, tried.value)
             yield from chunk
         self._look = None  # and with it a session
         yield from batches

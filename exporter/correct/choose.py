@@ -8,12 +8,14 @@ that of the weights from 28 to 35 dB, and int8 outputs from 25.5 to 24.9.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import onnx_ir as ir
 
-from exporter import graph, proof, quantize, varies
+from exporter import graph, optional, proof, quantize, varies
 from exporter.batches import Array, Batch
 from exporter.calibrate import Interval, Ranges, intervals
 from exporter.correct import bias, gptq, layers, rounding, smooth
@@ -39,12 +41,15 @@ class Correction:
     The SNR is of int8 outputs for "smooth", and with real activations for the others. They are tried one on the other, "smooth"
     first: `before` is with those that were kept before it. The codes of "scale" (`rounding.fit`) and "gptq" come with the
     biases that go with them, if these help.
+
+    why: it could not be tried, and has no `after_db` (without outputs to compare no `before_db`), or be quantized.
     """
 
     name: str
-    before_db: float
-    after_db: float
+    before_db: float | None
+    after_db: float | None
     kept: bool
+    why: str = ""
 
     @property
     def rounded(self) -> str:
@@ -117,16 +122,25 @@ def improve(
 
     tried: list[Correction] = []
     ground, plain, int8 = nearest(_Ground(model=model, ranges=ranges, means=means, moved=None))
-    smoothed = None
-    if not kept and not ranges.kept:
-        told_apart = intervals(model) if told_apart is None else told_apart
-        smoothed = _smoothed(ground, plan, told_apart, seen, unseen, expected)
-    if smoothed is not None:
-        other = nearest(smoothed)
+
+    def smoothed() -> tuple[Correction, tuple[_Ground, Mapping[str, Rounded], ir.Model]] | None:
+        if kept or ranges.kept:
+            return None
+        apart_from = intervals(model) if told_apart is None else told_apart
+        moved = _smoothed(ground, plan, apart_from, seen, unseen, expected)
+        if moved is None:
+            return None
+        other = nearest(moved)
         before, after = db(int8), db(other[2])
         worth = after > before + SMOOTH_WORTH_DB
-        tried.append(Correction(name="smooth", before_db=before, after_db=after, kept=worth))
-        ground, plain, int8 = other if worth else (ground, plain, int8)
+        return Correction(name="smooth", before_db=before, after_db=after, kept=worth), other
+
+    smooth_step = optional.attempt(smoothed, None)
+    if smooth_step.value is not None:
+        tried.append(smooth_step.value[0])
+        ground, plain, int8 = smooth_step.value[1] if tried[0].kept else (ground, plain, int8)
+    elif smooth_step.why:
+        tried.append(_untried("smooth", None, smooth_step.why))
     codes = quantize.weights(int8)
 
     def corrected(rounded: Mapping[str, Rounded], shifted: bool) -> ir.Model:
@@ -137,24 +151,52 @@ def improve(
         return _Weights(rounded=rounded, shifted=shifted, snr_db=db(changed))
 
     def either(rounded: Mapping[str, Rounded]) -> _Weights:
-        return max((measured(rounded, shifted) for shifted in (True, False)), key=lambda each: each.snr_db)
+        without = measured(rounded, shifted=False)
+        shifted = optional.attempt(lambda: measured(rounded, shifted=True), without).value
+        return max((shifted, without), key=lambda each: each.snr_db)
 
-    first = best = measured(plain, shifted=False)
-    best = _better("bias", best, measured(best.rounded, shifted=True), tried)
-    best = _better(
-        "scale", best, either({**rounding.at_best_scale(ground.model, plan, pair_rule=pairs), **firm}), tried
-    )
-    if seen:
-        fitted = {**plain, **gptq.rounded(ground.model, plan, seen, pair_rule=pairs)}  # of layers that saw inputs
-        best = _better("gptq", best, either({**fitted, **firm}), tried)
-    if best is not first:
-        int8 = quantize.to_int8(corrected(best.rounded, best.shifted), plan, ground.ranges, best.rounded)
-    pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(int8))
-    if pairs and not pair_rule:
-        raise QuantizeError(
-            "the int8 weights", found="codes that break the pair rule", expected="codes that keep it",
-            do="report the model to us",
-        )  # fmt: skip
+    def fitted() -> _Weights:
+        if not seen:
+            raise QuantizeError("there is one calibration batch, and none to fit weights to")
+        found = gptq.rounded(ground.model, plan, seen, pair_rule=pairs)  # of layers that saw inputs
+        return either({**plain, **found, **firm})
+
+    start = optional.attempt(lambda: measured(plain, shifted=False), None)
+    first = best = start.value or _Weights(rounded=plain, shifted=False, snr_db=math.nan)
+    steps: Mapping[str, Callable[[_Weights], _Weights]] = {
+        "bias": lambda before: measured(before.rounded, shifted=True),
+        "scale": lambda _: either({**rounding.at_best_scale(ground.model, plan, pair_rule=pairs), **firm}),
+        "gptq": lambda _: fitted(),
+    }
+    for name, make in steps.items():
+        step = partial(make, best)
+        after = optional.attempt(step, None) if start.value is not None else optional.Tried(value=None, why=start.why)
+        if after.value is None:
+            tried.append(_untried(name, best.snr_db, after.why))
+        else:
+            best = _better(name, best, after.value, tried)
+
+    def finished(weights: _Weights) -> tuple[ir.Model, bool]:
+        """The int8 graph, and whether it keeps the pair rule, as it must where the target asks for it."""
+        made = int8
+        if weights is not first:
+            source = corrected(weights.rounded, weights.shifted)
+            made = quantize.to_int8(source, plan, ground.ranges, weights.rounded)
+        pair_rule = not _breaks_pair_rule(model, plan, quantize.weights(made))
+        if pairs and not pair_rule:
+            raise QuantizeError(
+                "the int8 weights", found="codes that break the pair rule", expected="codes that keep it",
+                do="report the model to us",
+            )  # fmt: skip
+        return made, pair_rule
+
+    last = optional.attempt(lambda: finished(best), None)
+    if last.value is None and best is not first:
+        best = first
+        tried = [
+            replace(each, kept=False, why=last.why) if each.kept and each.name != "smooth" else each for each in tried
+        ]
+    int8, pair_rule = last.value or finished(first)
     return Corrected(
         int8=int8,
         ranges=ground.ranges,
@@ -244,6 +286,11 @@ def _smoothed(
     if proof.difference(expected[0], graph.runner(graph.unsquashed(model))(unseen[0])):
         return None
     return _Ground(model=model, ranges=ranges, means=moved.means(ground.means), moved=moved)
+
+
+def _untried(name: str, before_db: float | None, why: str) -> Correction:
+    before = None if before_db is None or math.isnan(before_db) else before_db
+    return Correction(name=name, before_db=before, after_db=None, kept=False, why=why)
 
 
 def _better(name: str, before: _Weights, after: _Weights, tried: list[Correction]) -> _Weights:

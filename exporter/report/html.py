@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING
 
 import jinja2
 
+from exporter import optional
 from exporter.calibrate.enough import WORSE
 from exporter.place import Plan
 
@@ -19,5 +21,13 @@ _ENVIRONMENT = jinja2.Environment(
 
 
 def render(report: Report, plan: Plan) -> str:
-    """Asked, decided (every node with its reason), measured."""
-    return _ENVIRONMENT.get_template("report.html").render(report=report, plan=plan, worse=WORSE)
+    """Asked, decided (every node with its reason), measured; the report's text alone where the page cannot be made."""
+
+    def rendered() -> str:
+        return _ENVIRONMENT.get_template("report.html").render(report=report, plan=plan, worse=WORSE)
+
+    page = optional.attempt(rendered, "")
+    if not page.why:
+        return page.value
+    said = escape(f"{report}\n\nno more than this, because {page.why}")
+    return f"<!doctype html><title>{escape(report.name)}</title><pre>{said}</pre>"

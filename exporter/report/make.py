@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx
 import onnxruntime
 
-from exporter import data, graph, weights
+from exporter import data, graph, optional, weights
 from exporter import recipe as recipes
 from exporter.batches import Split
 from exporter.budget import Drop, Evaluate, metrics
@@ -60,6 +61,7 @@ def make(
     shrunk: Shrunk,
     recorded: Recorded,
     models: Models,
+    untried: Mapping[str, str],
     kept: str = "",
 ) -> Report:
     """The report, without what only a machine and a moment can tell."""
@@ -89,6 +91,7 @@ def make(
         float_nodes=len(plan.decisions) - len(plan.int8) - len(plan.dynamic),
         float_layers=(*_planned_float(plan), *_ran_float(plan, recorded.kernels.kernels)),
         corrections=corrected.corrections,
+        untried=untried,
         search=_searched(recipe, better),
         stored=shrunk.stored,
         kernels=_count(recorded.kernels.kernels),
@@ -171,12 +174,15 @@ def timed(
     limit is on it, metrics.
     """
     bundle = load(out, threads=1)
-    timing, most = measure(bundle, clock=CPU_SECONDS), recipe.budget.max_ram_bytes
+    time, most = partial(measure, bundle, clock=CPU_SECONDS), recipe.budget.max_ram_bytes
+    # a limit on speed is judged, or there is no report
+    timed = optional.attempt(time, None) if recipe.budget.min_speedup is None else optional.Tried(value=time())
+    timing, untried = timed.value, {**report.untried, **({"timing of the bundle": timed.why} if timed.why else {})}
     lines = list(report.lines)
     ram = None if most is None else memory.peak_bytes(bundle)
     if most is not None and ram is not None:
         lines.append(gate.line("max_ram_bytes", float(ram), most))
-    if recipe.budget.min_speedup is not None and timing.ratio is not None:
+    if recipe.budget.min_speedup is not None and timing is not None and timing.ratio is not None:
         lines.append(gate.line("speedup", timing.ratio, recipe.budget.min_speedup))
     scores = {} if evaluate is None else _scores(out, evaluate)
     for drop in drops:
@@ -184,7 +190,16 @@ def timed(
         lines.append(Line(what=str(drop), found=int8, limit=drop.least(fp32), met=drop.allows(fp32, int8)))
     met = all(line.met for line in lines)
     took = Took(announced_seconds=found.announced_seconds, seconds=found.seconds)
-    return replace(report, timing=timing, search_took=took, ram_bytes=ram, scores=scores, lines=tuple(lines), met=met)
+    return replace(
+        report,
+        timing=timing,
+        untried=untried,
+        search_took=took,
+        ram_bytes=ram,
+        scores=scores,
+        lines=tuple(lines),
+        met=met,
+    )
 
 
 def _scores(out: Path, evaluate: Evaluate) -> dict[str, tuple[float, float]]:

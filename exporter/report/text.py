@@ -32,6 +32,7 @@ def render(report: Report) -> str:
         *(_row("", f"kept from the file: {report.kept}") if report.kept else []),
         *(line for layers in (*_float_layers(report), *_dynamic_lstm(report)) for line in _row("", layers)),
         *(line for correction in _corrections(report) for line in _row("", correction)),
+        *(line for step, why in report.untried.items() for line in _row("", f"{step} not tried, because {why}")),
         *_row("search", search(report)),
         *_row("data", _data(report)),
         *(line for covered in _coverage(report) for line in _row("", covered)),
@@ -138,7 +139,7 @@ def _decided(report: Report) -> str:
 def _short(report: Report) -> str:
     """Why the plan is short of what was asked for; empty where it is not."""
     found = report.search
-    if found.reached:
+    if found.reached or "search" in report.untried:
         return ""
     worst = ", ".join("..".join(dict.fromkeys((group[0], group[-1]))) for group in found.worst)
     most = f"; most of the error arises in {worst}" if worst else ""
@@ -192,7 +193,10 @@ def _dynamic_lstm(report: Report) -> Iterable[str]:
 
 def _corrections(report: Report) -> Iterable[str]:
     for tried in report.corrections:
-        verdict = "kept" if tried.kept else "not kept"
+        if tried.before_db is None or tried.after_db is None:
+            yield f"{tried.name} correction not tried, because {tried.why}"
+            continue
+        verdict = "kept" if tried.kept else f"not kept, because {tried.why}" if tried.why else "not kept"
         yield f"{tried.name} correction {verdict}: {tried.before_db:.1f} -> {tried.after_db:.1f} dB, {tried.rounded} rounded"
 
 

@@ -105,6 +105,7 @@ class Report:
     skipped: names of the pictures that did not decode and were left out, as was asked.
     ranges_by: the method of the ranges. enough: one sentence, whether more calibration data would change anything.
     coverage: how the values of the first coverage_batches held-out batches fit the ranges, every tensor, the worst first.
+    untried: {step that an export can do without: why there is nothing of it}, on one line each.
     stored: large float weights, which are int8 codes in the file, or why they are not.
     drift is over held-out batches, integer_macs the share 0..1 of MACs in integer kernels on the probe's first batch.
     repeated_batches: held-out batches that calibration had seen; overlapping: there were no others, so drift is optimistic.
@@ -139,6 +140,7 @@ class Report:
     float_nodes: int
     float_layers: tuple[FloatLayer, ...]
     corrections: tuple[Correction, ...]
+    untried: Mapping[str, str]
     search: Searched
     stored: tuple[Stored, ...]
     kernels: tuple[KernelCount, ...]

@@ -1,7 +1,7 @@
 """Plan + measured error + measured ms -> the cheapest plan that is accurate enough."""
 
 from exporter.search.find import Found, minutes, search
-from exporter.search.improve import Caps, Improved, improve, limits
+from exporter.search.improve import Caps, Improved, improve, limits, unsearched
 from exporter.search.score import Goal, Point, Problem, compared, frontier
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "limits",
     "minutes",
     "search",
+    "unsearched",
 ]

@@ -34,9 +34,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from exporter import graph
+from exporter import optional
 from exporter.correct import Opened
-from exporter.errors import QuantizeError
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.search import costs
@@ -278,11 +277,10 @@ def _open(scores: Scores, first: Point, tell: Progress) -> None:
     if scores.problem.open is None or scores.reached(closed):
         return
     tell.stage("smooth through HardSwish and SiLU")
-    try:
-        opened = scores.opened(closed)
-    except (QuantizeError, graph.RunError) as error:  # a plan without it is there
-        tell.note(f"gates stay closed: {error}")
-        return
+    tried = optional.attempt(lambda: scores.opened(closed), None)  # a plan without it is there
+    if tried.why:
+        tell.note(f"gates stay closed: {tried.why}")
+    opened = tried.value
     if opened is not None and opened.snr_db > closed.snr_db:
         scores.timed(opened, first)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from exporter import correct, graph
+from exporter import correct, graph, optional
 from exporter.batches import Array, Batch, digest
 from exporter.budget import MARGIN_DB, Accepts
 from exporter.calibrate import Ranges, cache
@@ -33,7 +34,8 @@ from exporter.search.find import Found, search
 from exporter.search.plans import STATIC, Plans
 from exporter.search.score import Goal, Point, Problem
 from exporter.target import Target, of
-from runtime import cpu
+from runtime import cpu, drift, gate
+from runtime.drift import Ground
 from runtime.manifest import Budget
 
 FOLDER = "costs"  # beside calibration's, in the same cache
@@ -62,6 +64,7 @@ class Improved:
     """The plan that ships, its int8 graph and corrections, what the search looked at, and the costs it went by.
 
     corrected: as it was given, or of the graph with its gates open; its int8 graph is that of the plan it was made for.
+    untimed: why nodes and models were not timed, where they were to be; else empty.
     """
 
     plan: Plan
@@ -69,6 +72,7 @@ class Improved:
     corrected: Corrected
     found: Found
     costs: Costs
+    untimed: str = ""
 
 
 def improve(
@@ -115,10 +119,12 @@ def improve(
     folder = cache.place()
     home = None if folder is None else folder.parent
     place = _place(home, model, plan, batches[0], caps.only_static)
-    costs = _costs(plans, corrected.int8, reference, batches[0], target, caps, place, tell)
+    price = partial(_costs, plans, corrected.int8, reference, batches[0], target, caps, place, tell)
+    priced = optional.attempt(price, None)
+    costs = priced.value or prices.from_table(model, plan, target, shapes)
     goal = _goal(recipe, accepts, caps, clock() - start)
     timed, untimed = dict(costs.timed), set[str]()
-    measuring, here = caps.costs is None and costs.measured, _is_here(target)
+    measuring, here = caps.costs is None and costs.measured, _is_here(target) and not priced.why
 
     def ratio(point: Point, other: ir.Model) -> float | None:
         name = prices.name_of(point.float_layers, point.dynamic_layers, bool(point.opened))
@@ -159,10 +165,39 @@ def improve(
     costs = replace(costs, timed=timed)
     if found.opened is not None:
         made = found.opened.corrected
-        return Improved(plan=found.plan, int8=made.int8, corrected=made, found=found, costs=costs)
+        return Improved(plan=found.plan, int8=made.int8, corrected=made, found=found, costs=costs, untimed=priced.why)
     same = (found.plan.int8, found.plan.dynamic) == (plan.int8, plan.dynamic)
     int8 = corrected.int8 if same else correct.under(model, found.plan, ranges, means, corrected)
-    return Improved(plan=found.plan, int8=int8, corrected=corrected, found=found, costs=costs)
+    return Improved(plan=found.plan, int8=int8, corrected=corrected, found=found, costs=costs, untimed=priced.why)
+
+
+def unsearched(
+    model: ir.Model, plan: Plan, corrected: Corrected, target: Target, recipe: Recipe, shapes: Mapping[str, Shape],
+    expected: Sequence[Batch], batches: Sequence[Batch], against: Mapping[str, Ground],
+) -> Improved:  # fmt: skip
+    """The static plan as it is, where the search could not be done: its error where it runs, and ms by the target's table.
+
+    Args:
+        expected: outputs of the FP32 graph on each of the batches; against: what their drift is held against.
+        others: see `improve`.
+    """
+    costs = prices.from_table(model, plan, target, shapes)
+
+    def measured() -> drift.Drift:
+        return drift.measure(zip(expected, map(graph.runner(corrected.int8), batches), strict=True), against)
+
+    seen = optional.attempt(measured, None).value
+    snr_db = -math.inf if seen is None else seen.worst_snr_db
+    macs = sum(each.macs for each in plan.decisions)
+    share = sum(each.macs for each in plan.decisions if each.precision != "float") / max(1, macs)
+    asked = replace(limits(recipe), min_integer_macs=recipe.budget.min_integer_macs)
+    met = seen is not None and all(line.met for line in gate.limits(asked, seen, share, 0, 0))
+    point = Point(float_layers=(), snr_db=snr_db, ms=prices.predict(model, plan, costs, shapes), met=met)
+    found = Found(
+        plan=plan, opened=None, first=point, chosen=point, accepted=met, reached=met and snr_db >= recipe.search.aim_snr_db,
+        capped=False, worst=(), points=(point,), announced=1, evaluations=1, announced_seconds=0.0, seconds=0.0,
+    )  # fmt: skip
+    return Improved(plan=plan, int8=corrected.int8, corrected=corrected, found=found, costs=costs)
 
 
 def limits(recipe: Recipe) -> Budget:

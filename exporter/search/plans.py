@@ -96,7 +96,8 @@ class Plans:
     def plan(self, choice: Choice) -> Plan:
         if choice not in self._plans:
             dynamic = choice.dynamic | self._recurrent.keys()
-            plan = place.decide(self.model, self._target, self._rules, self.shapes, choice.floats, dynamic)
+            refused = self.static.refused
+            plan = place.decide(self.model, self._target, self._rules, self.shapes, choice.floats, dynamic, refused)
             decisions = (self._recurrent.get(each.node, each) for each in plan.decisions)
             self._plans[choice] = replace(plan, decisions=tuple(decisions))
         return self._plans[choice]

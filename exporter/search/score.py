@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import onnx_ir as ir
 
-from exporter import graph, varies
+from exporter import graph, optional, varies
 from exporter.batches import Array, Batch
 from exporter.budget import Accepts
 from exporter.correct import Opened
@@ -30,6 +31,7 @@ COMPARED, COMPARED_MACS = 16, 16e9
 HOPE = 0.5
 # What the line of an open gate takes an element: 0.13 to 0.19 for 25 thousand to 400 thousand of them on x86 with VNNI
 OPENED_NS = 0.15
+NO_PLAN = Evaluation(snr_db=-math.inf, met=False, seconds=0.0)
 
 
 def compared(kept: Sequence[Batch], plan: Plan) -> Sequence[Batch]:
@@ -128,7 +130,8 @@ class Scores:
         """The point with the time of its whole model, in the ms of the static plan."""
         choice = choice_of(point)
         if not point.timed and choice != STATIC and self.problem.ratio is not None:
-            ratio = self.problem.ratio(point, self.int8(choice))
+            measure = self.problem.ratio
+            ratio = optional.attempt(lambda: measure(point, self.int8(choice)), None).value
             if ratio is None:
                 self.untimed.add(choice)
             else:
@@ -216,9 +219,14 @@ class Scores:
             given, name = self.problem, self.name(choice)
             plan = given.plans.plan(choice)
             found = self.memory.get(name)
-            if found is None:
+            if found is None and choice == STATIC:
                 found = self.evaluate(choice, plan)
                 self.memory.keep(name, found)
+            elif found is None:  # one that cannot be run is no plan, and others are
+                tried = optional.attempt(partial(self.evaluate, choice, plan), NO_PLAN)
+                found = tried.value
+                if not tried.why:
+                    self.memory.keep(name, found)
             self.points[choice] = Point(
                 float_layers=given.plans.in_order(choice.floats),
                 dynamic_layers=given.plans.in_order(choice.dynamic),

@@ -118,4 +118,10 @@ def test_scale_search_reaches_layers_that_the_pair_rule_does_not_ask_about() -> 
 
 
 def test_one_batch_alone_fits_no_weights() -> None:
-    assert [tried.name for tried in improve(gemm(), correlated(1)).corrections] == ["bias", "scale"]
+    *others, fitted = improve(gemm(), correlated(1)).corrections
+    assert [tried.name for tried in others] == ["bias", "scale"] and not any(tried.why for tried in others)
+    assert (fitted.name, fitted.kept, fitted.after_db) == (
+        "gptq",
+        False,
+        None,
+    ) and "one calibration batch" in fitted.why
