@@ -284,7 +284,8 @@ def test_ctrl_c_is_2_and_one_line(
 def test_wrong_usage_is_one_line_that_names_the_help(capsys: Captured) -> None:
     assert call("check", "x", "--thraeds", 1) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: No such option: --thraeds") and said.endswith("; see packlight check --help\n")
+    assert said.startswith("error: No such option") and "--thraeds" in said  # typer's words, which its releases change
+    assert said.endswith("; see packlight check --help\n")
     assert said.count("\n") == 1
 
 
