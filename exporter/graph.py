@@ -72,14 +72,14 @@ def to_bytes(model: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(weights.outside(model)).SerializeToString(deterministic=True))
 
 
-def runner(model: ir.Model, threads: int | None = None) -> Callable[[Batch], dict[str, Array]]:
-    """A function that runs the graph in ONNX Runtime.
+def runner(model: ir.Model, threads: int | None = None, optimize: bool = True) -> Callable[[Batch], dict[str, Array]]:
+    """A function that runs the graph in ONNX Runtime; without optimize node by node, as it is written.
 
     Raises:
         RunError: ONNX Runtime refuses the graph (here, or when called, the batch).
     """
     try:
-        opened = session.open_session(to_bytes(model), threads=threads, entries=AS_WRITTEN)
+        opened = session.open_session(to_bytes(model), threads=threads, entries=AS_WRITTEN, optimize=optimize)
     except BundleError as error:
         raise RunError(str(error)) from error
     names = [output.name for output in opened.get_outputs()]

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -170,3 +171,25 @@ def test_signed_activations_are_no_whole_file_but_on_arm(tmp_path: Path) -> None
     assert not already.is_whole(model, X86_VNNI)
     half = to_quantizable(ir.load(static(tmp_path, QuantType.QUInt8, nodes=("two",))), BATCH).reference
     assert not already.is_whole(half, ARM64)
+
+
+@pytest.mark.parametrize("bits", [TensorProto.INT8, TensorProto.INT4])
+def test_weight_only_file_is_proved_as_it_is_written_and_not_as_it_is_fused(bits: int, tmp_path: Path) -> None:
+    codes = np.clip(np.rint(graphs.noise(1, 64, 16) * (40 if bits == TensorProto.INT8 else 3)), -7, 7).astype(np.int64)
+    file = graphs.proto(
+        "(float[n,64] x) => (float[n,16] y) { [mm] y = MatMul(x, w) }", {"w": codes.astype(np.float32)}, 21
+    )
+    file.ir_version = 10
+    del file.graph.initializer[:]
+    file.graph.initializer.append(helper.make_tensor("c", bits, codes.shape, codes.reshape(-1).tolist()))
+    file.graph.initializer.append(helper.make_tensor("s", TensorProto.FLOAT, [16], [0.05] * 16))
+    file.graph.node.insert(0, helper.make_node("DequantizeLinear", ["c", "s"], ["w"], axis=1))  # without a name
+    onnx.save(file, tmp_path / "weights.onnx")
+    seen = [{"x": graphs.noise(i, 3, 64)} for i in range(12)]
+    report = exporter.export(
+        exporter.from_onnx(tmp_path / "weights.onnx"), exporter.load_recipe("x86-vnni"), seen[:8], seen[8:],
+        out=tmp_path / "b", max_evaluations=0,
+    )  # fmt: skip
+    assert report.kept == "1 weight, 0 ranges"
+    assert report.drift.worst_snr_db > 30
+    assert report.integer_macs == 1.0
