@@ -1,14 +1,17 @@
 """Fold what does not depend on the inputs, so that a weight is an initializer where its node reads it.
 
 1. Functions are inlined; Constant nodes become initializers; initializers listed as inputs (old files) are fixed.
-2. A node whose inputs are all constant is computed now, unless its result is larger than every weight. Identity, Dropout
-   and no-op Cast, Expand, Transpose go.
+2. A node whose inputs are all constant is computed now, unless its result is larger than every weight; one that makes a large
+   tensor of a small one (ConstantOfShape, Expand, Tile) only where that has SMALL elements at most, for it would be in the file.
+   Identity, Dropout and no-op Cast, Expand, Transpose go.
    An Identity over a shared initializer is the case that leaves Conv nodes float in ONNX Runtime's quantizer.
 3. Adjacent Relu and Clip become one; Min and Max with constants become Clip.
 4. What nothing reads is removed.
 """
 
 from __future__ import annotations
+
+import math
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -54,7 +57,7 @@ def rewrite(model: ir.Model) -> int:
     sizes = [value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None]
     limit = max([SMALL, *sizes])
     onnxscript.optimizer.fold_constants(
-        model, onnx_shape_inference=True, input_size_limit=limit, output_size_limit=limit
+        model, onnx_shape_inference=True, input_size_limit=limit, output_size_limit=limit, should_fold=_may_fold
     )
     matched = apply(model, SIMPLIFY)
     modified += [
@@ -66,6 +69,20 @@ def rewrite(model: ir.Model) -> int:
         )
     ]
     return matched + sum(modified) + sum(_drop_identity(model, node) for node in list(model.graph))
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Whether a node of constants is computed; None leaves it to onnxscript, which computes first and then looks at the size."""
+    if graph.op(node) not in ("ConstantOfShape", "Expand", "Tile"):
+        return None
+    given = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    # of the shape that is asked for, or how often there is what is repeated
+    elements = math.prod(max(1, int(size)) for size in given[-1].numpy().reshape(-1))
+    if graph.op(node) == "ConstantOfShape":
+        return elements <= SMALL
+    if graph.op(node) == "Tile":
+        elements *= given[0].size
+    return None if elements <= max(SMALL, given[0].size) else False
 
 
 def _drop_identity(model: ir.Model, node: ir.Node) -> bool:

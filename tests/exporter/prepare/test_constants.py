@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from exporter import graph
 from exporter.prepare import constants
@@ -140,3 +141,15 @@ def test_result_larger_than_every_weight_is_left_to_run_time() -> None:
         {"k": np.float32(2), "size": np.array([1024, 1024])},
     )
     assert "Expand" in graphs.op_types(after)
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [("ConstantOfShape(size)", "ConstantOfShape"), ("Expand(one, size)", "Expand"), ("Tile(one, size)", "Tile")],
+)
+def test_small_node_that_makes_gigabytes_is_not_computed(body: str, left: str) -> None:
+    text = f"(float[N,4] x) => (float[N,4] y) {{ big = {body}\n s = ReduceSum<keepdims=0>(big)\n y = Add(x, s) }}"
+    weights = {"size": np.array([60_000, 60_000]), "one": np.ones((1, 1), np.float32)}
+    model = graphs.model(text, weights)
+    constants.rewrite(model)
+    assert body.split("(")[0] in graphs.op_types(model)
