@@ -21,20 +21,21 @@ from exporter import graph, ort_format, recurrent
 from exporter.batches import Array, Batch
 from exporter.correct.rounding import breaks_pair_rule
 from exporter.errors import QuantizeError
-from exporter.target import Target
+from exporter.target import TARGETS, Target
 from runtime import manifest as manifests
 from runtime.bundle import NOT_PORTABLE, Bundle
 from runtime.kernels import trace
 
 Severity = Literal["error", "warning"]
 ONE_CPU, MINUS_128, SHARED, TYPES = "one-cpu-operator", "weight-minus-128", "shared-int8-weight", "types"
-PAIRS, FLOAT_ORT = "pair-rule", "float-ort"
+PAIRS, FLOAT_ORT, ISLAND = "pair-rule", "float-ort", "float-island"
 RULES: Mapping[str, str] = {
     ONE_CPU: "An operator in the channel block of one CPU computes other numbers on another, without an error.",
     MINUS_128: "The int8 weight -128 wraps in int16 in kernels for ARM Cortex-A53 and A72, and in depthwise ones of newer cores.",
     SHARED: "With session.x64quantprecision=1 no session opens when two DequantizeLinear read one int8 initializer.",
     TYPES: "The types of activation and weight choose the kernel: some pairs have none, some are slower than float.",
     PAIRS: "Two neighbouring weights of one sign that sum to more than 128 saturate on x86 without VNNI.",
+    ISLAND: "A node without an integer kernel between int8 layers makes real numbers of codes, and codes again, for itself alone.",
     FLOAT_ORT: "An .ort file keeps what it was optimized to, so a layer that was float then is float on every device.",
 }
 PRECISE = "session.x64quantprecision"
@@ -53,6 +54,8 @@ INT8, UINT8 = ir.DataType.INT8, ir.DataType.UINT8
 WIDE = (ir.DataType.INT16, ir.DataType.UINT16)
 SHORT = {INT8: "s8", UINT8: "u8", ir.DataType.INT16: "s16", ir.DataType.UINT16: "u16"}
 WIDTH = 80
+CROSSINGS = ("QuantizeLinear", "DequantizeLinear")
+FOLDED = ("Relu", "Clip")  # into the QuantizeLinear behind them
 NAMED = 3  # nodes that the text names of one fault
 
 
@@ -118,6 +121,7 @@ def check(
         *_shared(opened, target, entries),
         *_types(layers, target),
         *_pairs(layers, target),
+        *_islands(opened, target),
     )
 
 
@@ -406,6 +410,38 @@ def _pairs(layers: Sequence[_Layer], target: Target | None) -> Iterator[Finding]
                     expected="at most 128 in magnitude",
                     do="export for portable, or quantize with reduce_range",
                 )
+
+
+def _islands(model: ir.Model, target: Target | None) -> Iterator[Finding]:
+    """Nodes of which each computed input comes from codes, and each output goes to codes that an int8 layer reads."""
+    known = [target] if target is not None else [*TARGETS.values()]
+    in_integers = {op for each in known for op in (*each.layers, *each.elementwise, *each.movers)}
+    for node in _nodes(model):
+        if (
+            graph.op(node) in in_integers
+            or graph.op(node) in (*CROSSINGS, *FOLDED, *INTEGER_LAYERS)
+            or not node.outputs
+        ):
+            continue
+        computed = [value for value in node.inputs if value is not None and _constant(value) is None]
+        readers = [usage.node for value in node.outputs for usage in value.uses()]
+        from_codes = bool(computed) and all(_dequantized(value)[0] is not None for value in computed)
+        to_codes = bool(readers) and all(each.op_type == "QuantizeLinear" for each in readers)
+        if from_codes and to_codes and any(_feeds_layer(each) for each in readers):
+            yield Finding(
+                rule=ISLAND,
+                severity="warning",
+                node=node.name or node.op_type,
+                found=f"{node.op_type} in float between DequantizeLinear and QuantizeLinear",
+                expected="int8 layers that read each other's codes",
+                do="fold it into a layer, or leave its neighbours float",
+            )
+
+
+def _feeds_layer(quantize: ir.Node) -> bool:
+    behind = [usage.node for usage in quantize.outputs[0].uses()]
+    real = [usage.node for each in behind if each.op_type == "DequantizeLinear" for usage in each.outputs[0].uses()]
+    return any(each.op_type in (*LAYERS, *INTEGER_LAYERS) for each in (*behind, *real))
 
 
 def _only_x86(target: Target | None) -> bool:

@@ -83,12 +83,13 @@ def _takes(reader: ir.Node, pads: Array, value: float, x: ir.Value) -> bool:
     if op_type == "Conv":
         return value == 0
     kernel = reader.attributes.get_ints("kernel_shape", [])
-    if op_type not in ("AveragePool", "MaxPool") or reader.attributes.get_int("ceil_mode", 0):
+    if op_type not in ("AveragePool", "MaxPool") or reader.attributes.get_int("ceil_mode", 0) != 0:
         return False
     if (pads[:, 2:] + _own(reader, pads) >= np.asarray(kernel)).any():
         return False
     if op_type == "AveragePool":
-        return value == 0 and bool(reader.attributes.get_int("count_include_pad", 0) or not _own(reader, pads).any())
+        counted = reader.attributes.get_int("count_include_pad", 0) != 0
+        return value == 0 and (counted or not _own(reader, pads).any())
     maker = x.producer()
     low = value <= LOWEST or (value == 0 and maker is not None and graph.op(maker) in NOT_NEGATIVE)
     return low and len([each for each in reader.outputs if each.name]) == 1

@@ -126,6 +126,35 @@ def test_depthwise_conv_needs_no_pair_rule_and_other_convs_do() -> None:
         assert found(graph, PORTABLE) == expected
 
 
+def island(between: str) -> ir.Model:
+    """x -> int8 Conv -> what is between, in Q/DQ -> int8 Conv."""
+    text = f"""(float[N,4,6,6] x) => (float[N,4,H,W] y) {{
+        a = QuantizeLinear(x, s, z)
+        b = DequantizeLinear(a, s, z)
+        [first] c = Conv(b, w)
+        d = QuantizeLinear(c, s, z)
+        e = DequantizeLinear(d, s, z)
+        {between}
+        g = QuantizeLinear(f, s, z)
+        h = DequantizeLinear(g, s, z)
+        [second] y = Conv(h, w) }}"""
+    weights = {
+        "s": np.float32(0.1),
+        "z": np.uint8(128),
+        "w": graphs.noise(1, 4, 4, 1, 1),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+    }
+    return graphs.model(text, weights)
+
+
+@pytest.mark.parametrize("target", EVERY)
+def test_float_node_between_int8_layers_is_named(target: object) -> None:
+    for between in ("[alone] f = Pad(e, pads)", "[alone] f = Sin(e)"):
+        assert (lint.ISLAND, "warning", "alone") in found(island(between), target)
+    for between in ("f = Relu(e)", "f = MaxPool<kernel_shape=[2,2]>(e)", "f = Transpose<perm=[0,1,3,2]>(e)"):
+        assert not [each for each in found(island(between), target) if each[0] == lint.ISLAND]
+
+
 @pytest.fixture(scope="module")
 def signed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return int8.quantized(tmp_path_factory.mktemp("signed") / "model.int8.onnx")
