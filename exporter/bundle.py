@@ -106,13 +106,14 @@ def record(
     limits: ProbeLimits,
     elsewhere: Callable[[Iterable[Batch], int], Totals] | None = None,
     against: Mapping[str, Ground] = NOTHING_KNOWN,
+    read: tuple[bytes, bytes] | None = None,
 ) -> Recorded:
     """Run both models on held-out batches.
 
     Drift is over all of them; the probe is the first `limits.batches` that fit `limits.max_bytes`, and one in any case.
     A batch whose outputs hold no element does not go into the probe: it would prove nothing, there or on a device.
     `elsewhere` takes the batches behind the probe, and the number of the first; the drift is the same. `against` is what each
-    output is held against.
+    output is held against. `read` are both models with what selecting nodes read among the outputs; None where none selects.
 
     Raises:
         CalibrationError: no held-out batch, none with an element in its outputs, one that ONNX Runtime refuses, or one on
@@ -123,6 +124,8 @@ def record(
     stream = enumerate(batches)
     run = heldout.runner(fp32, int8, session)
 
+    look = run if read is None else heldout.runner(*read, session)
+
     def outputs() -> Iterator[tuple[Batch, Batch]]:
         nonlocal size
         for number, batch in stream:
@@ -132,7 +135,7 @@ def record(
             if not empty and (not probes or (len(probes) < limits.batches and size + bytes_here <= limits.max_bytes)):
                 probes.append(Probe(inputs=batch, fp32=wanted, int8=got))
                 size += bytes_here
-            yield wanted, got
+            yield (wanted, got) if read is None else look(batch, number)
             if elsewhere is not None and (len(probes) == limits.batches or size >= limits.max_bytes):
                 return
 

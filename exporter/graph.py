@@ -25,6 +25,9 @@ ON_CODES = frozenset(
     {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QGemm"}
     | {"DynamicQuantizeLinear", "QAttention", "QEmbedLayerNormalization", "MatMulNBits", "GatherBlockQuantized"}
 )
+# What they make depends on which numbers are larger: a small error may change its order, or its size
+SELECTING = ("TopK", "NonMaxSuppression", "NonZero", "Compress", "Unique")
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
 SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
 # Nodes whose output holds the values of their input, all of them and no others
 MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
@@ -139,11 +142,12 @@ def unsquashed(model: ir.Model) -> ir.Model:
     """The model, or a clone whose outputs are what their last Softmax, LogSoftmax or Sigmoid reads, under the same names.
 
     Probabilities of an input that a network is sure of say nothing: all the error of a batch is in the few that it is not
-    sure of. Whoever compares two versions of a model on few batches compares these.
+    sure of. Whoever compares two versions of a model on few batches compares these. What nodes that select read is among the
+    outputs, too (`with_read`).
     """
-    if not any(map(squashing, model.graph.outputs)):
+    if not any(map(squashing, model.graph.outputs)) and not selections(model)[0]:
         return model
-    clone = model.clone()
+    clone = with_read(model)
     for position, output in enumerate(clone.graph.outputs):
         node = squashing(output)
         source = node.inputs[0] if node is not None else None
@@ -156,6 +160,57 @@ def unsquashed(model: ir.Model) -> ir.Model:
         name, output.name = output.name, f"{output.name}_squashed"
         same.outputs[0].name = name
     RemoveUnusedNodesPass()(clone)
+    return clone
+
+
+def selections(model: ir.Model) -> tuple[dict[str, ir.Value], list[ir.Value]]:
+    """What nodes that select read, and the outputs that are sets: which items they hold, or in which order, depends on numbers.
+
+    The first is {name: tensor} of the real numbers that go into a TopK, a NonMaxSuppression and the like, and into what follows
+    them up to the next layer. Names are those of the reader and its input, the same in a quantized graph.
+    """
+    behind: dict[ir.Value, None] = {}
+    read: dict[str, ir.Value] = {}
+    sets = []
+    for node in model.graph:
+        follows = any(value in behind for value in node.inputs if value is not None)
+        if op(node) not in SELECTING and (not follows or op(node) in LAYERS or op(node) in ("Shape", "Size")):
+            continue
+        behind |= dict.fromkeys(node.outputs)
+        for number, value in enumerate(node.inputs):
+            maker = None if value is None else value.producer()
+            if value is None or maker is None or value in behind:
+                continue
+            if value.dtype != ir.DataType.FLOAT and op(maker) != "DequantizeLinear":
+                continue
+            if op(node) not in ("QuantizeLinear", "DequantizeLinear"):
+                read[f"{node.name} reads {number}"] = value
+    sets = [output for output in model.graph.outputs if output in behind]
+    once: dict[ir.Value, str] = {}
+    for name in sorted(read):  # by name: a quantized graph has its nodes in another order, and rounds for each reader
+        once.setdefault(_real(read[name]), name)
+    return ({name: read[name] for name in once.values()} if sets else {}), sets
+
+
+def _real(value: ir.Value) -> ir.Value:
+    """The tensor behind its roundings."""
+    maker = value.producer()
+    while maker is not None and op(maker) in ("QuantizeLinear", "DequantizeLinear") and maker.inputs[0] is not None:
+        value = maker.inputs[0]
+        maker = value.producer()
+    return value
+
+
+def with_read(model: ir.Model) -> ir.Model:
+    """A clone with what nodes that select read as further outputs: the outputs themselves may differ in size."""
+    clone = model.clone()
+    for name, value in selections(clone)[0].items():
+        maker = value.producer()
+        assert maker is not None
+        same = ir.node("Identity", [value], name=name)
+        same.outputs[0].name, same.outputs[0].type = name, value.type
+        clone.graph.insert_after(maker, same)
+        clone.graph.outputs.append(same.outputs[0])
     return clone
 
 

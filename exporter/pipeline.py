@@ -153,7 +153,7 @@ def _export(
 
     few = search.compared(split.kept, plan)
     expected = list(map(graph.runner(prepared.truth), few))
-    against = varies.grounds(prepared.model, expected, few)
+    against, inner = varies.grounds(prepared.model, expected, few), varies.of_read(prepared.model, few)
     ruled = place.ruled(prepared.model, recipe.rules, "float")
     recurrences = recurrent.candidates(corrected.int8, plan, cpu, ruled)
     if recurrences:
@@ -202,10 +202,12 @@ def _export(
     fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(int8)
     watch = collect.watch(prepared.model, plan, found)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
-    elsewhere = (
-        partial(cluster.total, there, fp32, shipped, cpu.session, against=against) if there is not None else None
-    )
-    recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere, against)
+    read = None
+    if graph.selections(prepared.model)[0]:
+        read = graph.to_bytes(graph.with_read(prepared.model)), graph.to_bytes(graph.with_read(int8))
+    looked, against = read or (fp32, shipped), against | inner
+    elsewhere = partial(cluster.total, there, *looked, cpu.session, against=against) if there is not None else None
+    recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere, against, read)
 
     tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
     models = bundle.models(fp32, shipped, recorded.probes, cpu, ort=ort)

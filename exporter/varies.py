@@ -37,10 +37,14 @@ def grounds(model: ir.Model, outputs: Sequence[Mapping[str, Array]], batches: Se
         outputs: its outputs on each batch; the batches.
     """
     found = {}
+    sets = graph.selections(model)[1]
     for value in model.graph.outputs:
         name = value.name or ""
         arrays = [np.asarray(each[name]) for each in outputs if name in each]
         if not arrays:
+            continue
+        if value in sets or len({array.ndim for array in arrays}) > 1:
+            found[name] = Ground(judged=_set(arrays, batches))
             continue
         if arrays[0].dtype.kind != "f":
             found[name] = Ground(judged=Judged(by="equal"))
@@ -49,6 +53,18 @@ def grounds(model: ir.Model, outputs: Sequence[Mapping[str, Array]], batches: Se
         parts = () if fixed is None else (WHOLE, *_parts(value, arrays, fixed))
         found[name] = Ground(judged=Judged(by="reals", parts=parts), constant=fixed)
     return found
+
+
+def of_read(model: ir.Model, batches: Sequence[Batch]) -> dict[str, Ground]:
+    """The same of what nodes that select read (`graph.with_read`); empty where none selects."""
+    if not (names := graph.selections(model)[0]):
+        return {}
+    inner = graph.with_read(model)
+    return {
+        name: each
+        for name, each in grounds(inner, list(map(graph.runner(inner), batches)), batches).items()
+        if name in names
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,6 +103,16 @@ def moving(against: Mapping[str, Ground], outputs: Sequence[Mapping[str, Array]]
 
 def _named(found: drift.Drift, name: str) -> drift.OutputDrift:
     return next(each for each in found.outputs if each.name == name)
+
+
+def _set(arrays: Sequence[Array], batches: Sequence[Batch]) -> Judged:
+    """Its items lie along the axis whose size depends on the data; else along the last but one of three or more, or the last."""
+    shapes = [array.shape for array in arrays if array.ndim == arrays[0].ndim]
+    rank = len(shapes[0])
+    batched = rank > 1 and all(shape[0] in _rows(batch) for shape, batch in zip(shapes, batches, strict=False))
+    changing = [axis for axis in range(batched, rank) if len({shape[axis] for shape in shapes}) > 1]
+    axis = changing[0] if changing else max(0, rank - 2 if rank > 2 else rank - 1 if batched else 0)
+    return Judged(by="set", axis=axis, batched=batched)
 
 
 def _constant(arrays: Sequence[Array], batches: Sequence[Batch]) -> Array | None:

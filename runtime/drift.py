@@ -163,7 +163,7 @@ def measure(
 
     Args:
         pairs: (reference, candidate) per batch, each {output: array} with the same names; any numeric or boolean dtype, any
-            shape, and the same one on both sides but for sets. The names of the first batch hold for all.
+            shape; where sizes differ the output is a set. The names of the first batch hold for all.
         against: {output: what is known of it}; others are judged by their kind of number, as a whole.
 
     Raises:
@@ -195,7 +195,7 @@ def total(
                 )
         for name, one in sums.items():
             r, c = np.asarray(reference[name]), np.asarray(candidate[name])
-            if r.shape != c.shape and one.by(r) != "set":
+            if r.ndim != c.ndim:
                 where = f"batch {start + batches - 1}, output {name}"
                 raise PacklightError(
                     where, found=f"shape {list(c.shape)}", expected=f"{list(r.shape)} of the reference"
@@ -272,12 +272,14 @@ class _Sums:
         self.judged = ground.judged.by if ground is not None else ""
         self.parts = [_PartSums(each) for each in ground.judged.parts] if ground is not None else []
 
-    def by(self, reference: Array) -> str:
-        """How the output is judged: as was said, else by its kind of number."""
+    def by(self, reference: Array, candidate: Array) -> str:
+        """How the output is judged: as was said, else by its kind of number; as a set from the first sizes that differ on."""
+        if reference.shape != candidate.shape:
+            return "set"
         return self.judged or ("reals" if np.issubdtype(reference.dtype, np.floating) else "equal")
 
     def add(self, reference: Array, candidate: Array) -> None:
-        self.judged = self.by(reference)
+        self.judged = self.by(reference, candidate)
         if self.judged == "set":
             how = self.ground.judged if self.ground is not None else Judged(by="set")
             partners, items = sets.partners(
@@ -321,7 +323,7 @@ class _Sums:
         for name in ("elements", "rows", "same_rows", "same", "elsewhere", "items", "partners"):
             setattr(both, name, getattr(self, name) + getattr(second, name))
         both.class_like = self.class_like and second.class_like
-        both.judged = self.judged or second.judged
+        both.judged = "set" if "set" in (self.judged, second.judged) else self.judged or second.judged
         both.parts = [one.merged(other) for one, other in zip(self.parts, second.parts, strict=True)]
         return both
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # A device error of 0.7 quantization errors: healthy CPUs had at most 0.68, ones that saturate 5.4 in the median
 Q_LIMIT = 0.7
+# Below it what varies is lost: two values in the place of many are at 6 dB at best (those of a uniform distribution)
+LOST_DB = 6.0
 # Two orders of summation in float32 agree to more than this (exporter/proof.py holds graphs to less)
 FLOAT_NOISE_DB = 100.0
 # The same file with the integer kernels left out: what is between DequantizeLinear and QuantizeLinear runs in float
@@ -189,7 +191,12 @@ def _of_output(output: OutputDrift, metric: str, limit: float) -> Iterator[Line]
     yield line(f"{metric} {output.name}", value, limit)
     if metric == "snr_db" and (worst := output.worst) is not None:
         where = f" {worst.where}" if worst.where else ""
-        yield line(f"varying_db {output.name}{where}", worst.judged_db, limit, _lost(worst))
+        yield line(f"varying_db {output.name}{where}", worst.judged_db, varying_limit(limit), _lost(worst))
+
+
+def varying_limit(snr_db: float) -> float:
+    """What a limit on SNR asks of what varies: HIDDEN_DB less, for an output may have a constant part, but no less than LOST_DB."""
+    return min(snr_db, max(LOST_DB, snr_db - drifts.HIDDEN_DB))
 
 
 def _lost(part: PartDrift) -> str:

@@ -36,13 +36,17 @@ from runtime import cpu, gate, memory
 from runtime import manifest as manifests
 from runtime.bench import CPU_SECONDS, measure
 from runtime.bundle import load
-from runtime.drift import OutputDrift
+from runtime.drift import Drift, OutputDrift
 from runtime.explain import ADDED
 from runtime.gate import Line
 from runtime.judged import Judged
 from runtime.kernels import Kernel
 from runtime.manifest import Budget, Machine, Manifest
 from runtime.session import open_session
+
+NOT_COVERED = "calibration data do not cover held-out data"
+FAR_SHARE, FAR_BEYOND = 0.1, 1.0  # of held-out values outside a range, and how far in its widths
+LEAST_TOP1, FEWEST = 0.5, 8  # of so many held-out batches at least
 
 
 def make(
@@ -68,7 +72,8 @@ def make(
     ort_bytes = len(models.phone.ort) if models.phone is not None else None
     ships = max(weights.size(models.int8), ort_bytes or 0)  # a device may take either
     on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
-    lines = tuple(gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None))
+    asked = gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None)
+    lines = (*asked, *_uncovered(enough, recorded.drift))
     return Report(
         name=source.name,
         recipe=recipe.name,
@@ -119,6 +124,7 @@ def manifest(
     report: Report, recipe: Recipe, prepared: Prepared, target: Target, corrected: Corrected, recorded: Recorded
 ) -> Manifest:
     """The manifest, but for `files`."""
+    shipped = {output.name for output in prepared.reference.graph.outputs}
     return Manifest(
         name=report.name,
         target=target.name,
@@ -130,7 +136,7 @@ def manifest(
         recorded_on=Machine(machine=cpu.machine(), flags=cpu.flags()),
         session=target.session,
         budget=_budget(recipe),
-        judged={output.name: _judged(output) for output in recorded.drift.outputs},
+        judged={output.name: _judged(output) for output in recorded.drift.outputs if output.name in shipped},
         preprocessing=data.preprocessing(recipes.data(recipe), graph.inputs(prepared.reference)),
         versions=_versions(),
     )
@@ -141,6 +147,36 @@ def _judged(output: OutputDrift) -> Judged:
     return Judged(
         by=output.by, axis=output.axis, batched=output.batched, parts=tuple(each.part for each in output.parts)
     )
+
+
+def _uncovered(enough: Enough, drift: Drift) -> Iterable[Line]:
+    """An unmet line where held-out data are of another kind than what was calibrated: drift on them says nothing about other data.
+
+    That a few values lie a little outside is bad luck; a tenth of them by a whole range, or half of the classes together with
+    clipping that costs more than rounding, is not.
+    """
+    far = [
+        each for each in enough.coverage if each.uncovered and each.outside >= FAR_SHARE and each.beyond >= FAR_BEYOND
+    ]
+    if far:
+        worst = max(far, key=lambda each: each.outside)
+        said = (
+            f"{100 * worst.outside:.0f} % of its values lie outside, by up to {100 * worst.beyond:.0f} % of the range"
+        )
+        yield Line(
+            what=f"covered {worst.tensor}",
+            found=1 - worst.outside,
+            limit=1 - FAR_SHARE,
+            met=False,
+            cause=f"{NOT_COVERED}: {said}",
+        )
+    if not any(each.uncovered for each in enough.coverage) or drift.batches < FEWEST:
+        return
+    for output in drift.outputs:
+        if output.same_top1 is not None and output.same_top1 <= LEAST_TOP1:
+            yield Line(
+                what=f"same_top1 {output.name}", found=output.same_top1, limit=LEAST_TOP1, met=False, cause=NOT_COVERED
+            )
 
 
 def _exact_on(corrected: Corrected, recorded: Recorded) -> tuple[str, ...]:

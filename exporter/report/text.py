@@ -60,10 +60,15 @@ def render(report: Report) -> str:
     for metric, (fp32, int8) in report.scores.items():
         lines += _row("score", f"{metric}: FP32 {fp32:.4f}, int8 {int8:.4f}")
     lines += _row("budget", "; ".join(map(str, report.lines)) or "none asked for")
-    lines += _row(
-        "verdict", "met" if report.met else "NOT MET: " + "; ".join(str(x) for x in report.lines if not x.met)
-    )
+    lines += _row("verdict", verdict(report))
     return "\n".join(lines)
+
+
+def verdict(report: Report) -> str:
+    """Met or not, and by what; a model that is slower than FP32 says so here."""
+    said = "met" if report.met else "NOT MET: " + "; ".join(str(line) for line in report.lines if not line.met)
+    ratio = None if report.timing is None else report.timing.ratio
+    return said if ratio is None or ratio >= 1 else f"{said}, but SLOWER than FP32 here ({ratio:.2f}x)"
 
 
 def _drift(output: OutputDrift) -> str:

@@ -117,7 +117,7 @@ class Scores:
 
     def __init__(self, problem: Problem, goal: Goal, memory: Memory, clock: Callable[[], float]) -> None:
         self.problem, self.goal, self.memory, self.clock = problem, goal, memory, clock
-        self.squashed = any(graph.squashing(output) is not None for output in problem.plans.model.graph.outputs)
+        self.squashed = graph.unsquashed(problem.plans.model) is not problem.plans.model
         self.points: dict[Choice, Point] = {}
         self.accepted: dict[Choice, bool] = {}
         self.behind_ms = 0.0

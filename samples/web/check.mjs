@@ -215,10 +215,13 @@ function ofOutput(output, metric, limit, hold) {
     const part = worst(output.parts);
     const [where, varies] = [placeOf(part.part), part.varying_db === null ? 'is constant' : `varies by ${part.part.varying_rms.toPrecision(3)}`];
     const cause = `which ${varies} (rms) beside an error of ${part.rms.toPrecision(3)}`;
-    lines.push({ ...hold(`varying_db ${output.name}${where && ` ${where}`}`, judgedDb(part), limit), cause });
+    lines.push({ ...hold(`varying_db ${output.name}${where && ` ${where}`}`, judgedDb(part), varyingLimit(limit)), cause });
   }
   return lines;
 }
+
+/** What a limit on SNR asks of what varies: an output may have a constant part, but what varies may not be lost. */
+const varyingLimit = (snrDb) => Math.min(snrDb, Math.max(6, snrDb - 10));
 
 const ceiling = (what, found, limit) => ({ what, found, limit, met: found <= limit, at: 'most' });
 const floor = (what, found, limit) => ({ what, found, limit, met: found >= limit, at: 'least' });

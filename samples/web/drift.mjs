@@ -29,7 +29,7 @@ export function measure(reference, candidate, judged = {}) {
   for (const [number, batch] of reference.entries()) {
     for (const [name, total] of sums) {
       const [r, c] = [batch.get(name), candidate[number].get(name)];
-      if (String(r.shape) !== String(c.shape) && total.by !== 'set') {
+      if (r.shape.length !== c.shape.length) {
         const where = `batch ${number}, output ${name}`;
         throw new Refusal(where, { found: `shape [${c.shape}]`, expected: `[${r.shape}] of the reference` });
       }
@@ -89,10 +89,11 @@ class Sums {
   }
 
   add(reference, candidate) {
+    if (String(reference.shape) !== String(candidate.shape)) this.by = 'set'; // from the first sizes that differ on
     this.by ||= reference.dtype.startsWith('float') ? 'reals' : 'equal';
     const [rs, cs] = [reals(reference), reals(candidate)];
     if (this.by === 'set') {
-      const how = this.judged;
+      const how = this.judged ?? { axis: 0, batched: false };
       const [found, looked] = partners(items(rs, reference.shape, how), items(cs, candidate.shape, how), reference.dtype);
       this.partners += found;
       this.items += looked;

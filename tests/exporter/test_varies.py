@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from exporter import varies
+from exporter import graph, varies
 from exporter.batches import Array
 from runtime.judged import Part
 
@@ -55,3 +55,28 @@ def test_rows_of_a_batch_and_axes_of_changing_size_share_one_constant() -> None:
 def test_nothing_is_known_of_what_varies_from_one_sample() -> None:
     model = two_heads([helper.make_node("Neg", ["c"], ["y"])], [1, 6, 6])
     assert varies.grounds(model, [{"y": np.ones((1, 4))}], [{"x": np.zeros((1, 2))}])["y"].constant is None
+
+
+def test_what_selecting_nodes_read_is_compared_and_their_outputs_are_sets() -> None:
+    nodes = [
+        helper.make_node("Neg", ["x"], ["scores"], "neg"),
+        helper.make_node("Abs", ["x"], ["boxes"], "abs"),
+        helper.make_node("TopK", ["scores", "k"], ["v", "i"], "top"),
+        helper.make_node("GatherElements", ["boxes", "i"], ["y"], "take", axis=1),
+    ]
+    told = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 6])]
+    out = [helper.make_tensor_value_info(n, t, [1, 2]) for n, t in (("y", TensorProto.FLOAT), ("i", TensorProto.INT64))]
+    k = helper.make_tensor("k", TensorProto.INT64, [1], [2])
+    between = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 6]) for n in ("scores", "boxes")]
+    made = helper.make_graph(nodes, "g", told, out, [k], value_info=between)
+    model = ir.serde.deserialize_model(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    )
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((1, 6)).astype(np.float32)} for _ in range(4)]
+    outputs = [graph.runner(graph.unsquashed(model))(batch) for batch in batches]
+    assert list(outputs[0]) == ["y", "i", "take reads 0", "top reads 0"]
+    assert outputs[0]["top reads 0"].tolist() == (-batches[0]["x"]).tolist()
+    found = varies.grounds(graph.unsquashed(model), outputs, batches)
+    assert [found[name].judged.by for name in outputs[0]] == ["set", "set", "reals", "reals"]
+    assert varies.of_read(model, batches).keys() == {"top reads 0", "take reads 0"}
