@@ -54,7 +54,6 @@ INT8, UINT8 = ir.DataType.INT8, ir.DataType.UINT8
 WIDE = (ir.DataType.INT16, ir.DataType.UINT16)
 SHORT = {INT8: "s8", UINT8: "u8", ir.DataType.INT16: "s16", ir.DataType.UINT16: "u16"}
 WIDTH = 80
-CROSSINGS = ("QuantizeLinear", "DequantizeLinear")
 FOLDED = ("Relu", "Clip")  # into the QuantizeLinear behind them
 NAMED = 3  # nodes that the text names of one fault
 
@@ -414,20 +413,19 @@ def _pairs(layers: Sequence[_Layer], target: Target | None) -> Iterator[Finding]
 
 def _islands(model: ir.Model, target: Target | None) -> Iterator[Finding]:
     """Nodes of which each computed input comes from codes, and each output goes to codes that an int8 layer reads."""
-    known = [target] if target is not None else [*TARGETS.values()]
-    in_integers = {op for each in known for op in (*each.layers, *each.elementwise, *each.movers)}
+    given = TARGETS.values() if target is None else [target]
+    in_integers = {op for each in given for op in (*each.layers, *each.elementwise, *each.movers)}
     for node in _nodes(model):
         if (
             graph.op(node) in in_integers
-            or graph.op(node) in (*CROSSINGS, *FOLDED, *INTEGER_LAYERS)
+            or graph.op(node) in (*graph.CROSSINGS, *FOLDED, *INTEGER_LAYERS)
             or not node.outputs
         ):
             continue
         computed = [value for value in node.inputs if value is not None and _constant(value) is None]
-        readers = [usage.node for value in node.outputs for usage in value.uses()]
-        from_codes = bool(computed) and all(_dequantized(value)[0] is not None for value in computed)
-        to_codes = bool(readers) and all(each.op_type == "QuantizeLinear" for each in readers)
-        if from_codes and to_codes and any(_feeds_layer(each) for each in readers):
+        readers = [each for value in node.outputs for each in graph.consumers(value) if computed]
+        codes = [_dequantized(value)[0] for value in computed]
+        if all(codes) and all(each.op_type == "QuantizeLinear" for each in readers) and any(map(_feeds_layer, readers)):
             yield Finding(
                 rule=ISLAND,
                 severity="warning",
@@ -439,9 +437,8 @@ def _islands(model: ir.Model, target: Target | None) -> Iterator[Finding]:
 
 
 def _feeds_layer(quantize: ir.Node) -> bool:
-    behind = [usage.node for usage in quantize.outputs[0].uses()]
-    real = [usage.node for each in behind if each.op_type == "DequantizeLinear" for usage in each.outputs[0].uses()]
-    return any(each.op_type in (*LAYERS, *INTEGER_LAYERS) for each in (*behind, *real))
+    behind = graph.consumers(quantize.outputs[0])
+    return any(each.op_type in LAYERS for reader in behind for each in graph.consumers(reader.outputs[0]))
 
 
 def _only_x86(target: Target | None) -> bool:
