@@ -34,7 +34,7 @@ def rewrite(model: ir.Model) -> int:
         shift = edit.initializer(model, f"{node.name}_bias", bias)
         layer = ir.node("Gemm", [rows[x], weight, shift], name=f"{node.name}_gemm")
         before, shape = add.outputs[0], _shape(model, x, node, bias.size)
-        back = ir.node("Reshape", [layer.outputs[0], shape], name=f"{node.name}_axes")
+        back = ir.node("Reshape", [layer.outputs[0], shape], _attributes(shape), name=f"{node.name}_axes")
         edit.replace(model, [node, add], [layer, back], before, back.outputs[0])
         layer.outputs[0].name, layer.outputs[0].dtype = edit.free_name(model, f"{node.name}_rows"), ir.DataType.FLOAT
         matched += 1
@@ -67,6 +67,11 @@ def _rows(model: ir.Model, x: ir.Value, reader: ir.Node) -> ir.Value:
     model.graph.insert_before(reader, node)
     node.outputs[0].name, node.outputs[0].dtype = edit.free_name(model, f"{x.name}_rows"), ir.DataType.FLOAT
     return node.outputs[0]
+
+
+def _attributes(shape: ir.Value) -> dict[str, int]:
+    """Sizes that are computed may be 0, as of an empty sequence, which Reshape else takes for that of its input."""
+    return {} if shape.is_initializer() else {"allowzero": 1}
 
 
 def _shape(model: ir.Model, x: ir.Value, node: ir.Node, columns: int) -> ir.Value:

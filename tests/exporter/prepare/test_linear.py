@@ -69,3 +69,13 @@ def test_integer_kernel_writes_float_with_the_bias_added() -> None:
     assert graphs.precisions(plan)["product_gemm"] == "int8"
     expected = batch["x"] @ WEIGHTS["w"] + WEIGHTS["b"]
     assert np.allclose(graph.runner(after)(batch)["y"], expected, atol=1e-5)
+
+
+def test_empty_batches_and_sequences_run_as_before() -> None:
+    model = graphs.model(
+        "(float[N,T,5] x) => (float[N,T,8] y) { p = MatMul(x, w)\n y = Add(p, b) }",
+        {"w": graphs.noise(1, 5, 8), "b": graphs.noise(2, 8)},
+    )
+    shapes = ((2, 3, 5), (2, 0, 5), (0, 3, 5), (0, 0, 5))
+    _, matched = graphs.rewritten(model, linear.rewrite, *({"x": graphs.noise(0, *shape)} for shape in shapes))
+    assert matched == 1
