@@ -68,7 +68,7 @@ def judge(model: ir.Model, plan: Plan, target: Target) -> Judged:
     found = [each for each in lint.check(model, target) if each.node in given and each.severity == "error"]
     broken = any(each.node in given and each.rule == lint.PAIRS for each in lint.check(model))
     count = sum(d.node in given and d.op_type not in graph.CROSSINGS for d in plan.decisions)
-    parts = [f"{count} node{'s' * (count != 1)} in integers as they are"]
+    parts = [f"{count} node{'s' * (count != 1)} in integers as they are"] if count else []
     parts += [f"{rule}: {text}" for rule, text in {each.rule: each.message for each in found}.items()]
     notes = {each.node: f"{each.rule}: found {each.found}" for each in found}
     return Judged(notes=notes, pair_rule=not broken, sentence="; ".join(parts))

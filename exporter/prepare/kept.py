@@ -85,7 +85,9 @@ def told(model: ir.Model, int8: Collection[str], kept: Kept, rounded: Mapping[st
         ranges |= {value.name for value in (*graph.activations(node), *node.outputs) if value.name in kept.grids}  # type: ignore[misc]
         if any(value.name in kept.grids for value in node.outputs):
             said.append("scale of the file")
-    parts = [f"{_count(len(same) + len(moved), 'weight')}, {_count(len(ranges), 'range')}"]
+    parts = (
+        [f"{_count(len(same) + len(moved), 'weight')}, {_count(len(ranges), 'range')}"] if kept.real is not None else []
+    )
     if moved:
         parts.append(f"of {_count(len(moved), 'weight')} some codes moved for the pair rule")
     if anew:
