@@ -228,3 +228,12 @@ def test_samples_are_counted_along_the_first_dimension_that_is_free() -> None:
 def test_batches_of_no_samples_are_batches() -> None:
     read = list(batches.read([image(1, 0), image(2)], (IMAGE,), "calibration"))
     assert [batch["image"].shape for batch in read] == [(0, 3), (2, 3)]
+
+
+def test_empty_batches_are_calibrated_on_and_never_compared_on() -> None:
+    tensors = (Tensor(name="x", dtype="float32", shape=("N", 3)),)
+    some = [{"x": np.full((rows, 3), number, np.float32)} for number, rows in enumerate((0, 2, 0, 2))]
+    split = batches.split(some, [{"x": np.full((2, 3), 9, np.float32)}], tensors)
+    assert split.first["x"].tolist() == some[1]["x"].tolist()
+    assert len(list(split.calibration())) == 4
+    assert [batch["x"][0, 0] for batch in split.kept] == [1, 3]
