@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from exporter.calibrate.enough import Coverage, Enough
+from exporter.report import make
+from runtime import drift
+
+
+def lines(outside: float, beyond: float) -> list[str]:
+    covered = Coverage(tensor="x", outside=outside, values=700, beyond=beyond, error=90.0)
+    enough = Enough(curves=(), coverage=(covered,), batches=8, sentence="")
+    same = ({"y": np.float32([[1, 2], [1, 2]])}, {"y": np.float32([[1, 2], [1, 2]])})
+    half = ({"y": np.float32([[1, 2], [1, 2]])}, {"y": np.float32([[1, 2], [2, 1]])})
+    found = drift.measure([half if outside > 0.5 else same] * 8)
+    return [str(line) for line in make._uncovered(enough, found) if not line.met]
+
+
+def test_heldout_data_far_outside_what_was_calibrated_are_not_met() -> None:
+    said = lines(outside=0.7, beyond=25.03)
+    assert "calibration data do not cover held-out data: 70 % of its values lie outside, by up to 2503 %" in said[0]
+    assert said[1].startswith("same_top1 y: 0.5 ")
+
+
+@pytest.mark.parametrize(("outside", "beyond"), [(0.7e-1, 25.0), (0.4, 0.9)])
+def test_few_values_outside_or_near_the_range_are_bad_luck(outside: float, beyond: float) -> None:
+    assert lines(outside, beyond) == []
