@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.enough import Coverage, Enough
-from exporter.report import make
+from exporter.report.make import _uncovered
 from runtime import drift
 
 
@@ -14,7 +14,7 @@ def lines(outside: float, beyond: float) -> list[str]:
     same = ({"y": np.float32([[1, 2], [1, 2]])}, {"y": np.float32([[1, 2], [1, 2]])})
     half = ({"y": np.float32([[1, 2], [1, 2]])}, {"y": np.float32([[1, 2], [2, 1]])})
     found = drift.measure([half if outside > 0.5 else same] * 8)
-    return [str(line) for line in make._uncovered(enough, found) if not line.met]
+    return [str(line) for line in _uncovered(enough, found) if not line.met]
 
 
 def test_heldout_data_far_outside_what_was_calibrated_are_not_met() -> None:
