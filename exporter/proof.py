@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from exporter.batches import Array
 from runtime import drift
 
-# 70 dB is a relative error of 3e-4: two float32 orders of summation stay above 100 dB, a wrong graph falls below 40
-EQUAL_SNR_DB = 70.0
+# 60 dB is a relative error of 1e-3: a wrong graph falls below 40. Two float32 orders of summation stay above 100 dB in most
+# networks, and at 68 on a picture of a LeViT whose batch norms divide by next to nothing: 85 and 130 on two others
+EQUAL_SNR_DB = 60.0
 # on values that no data has (a negated image) rounding can be amplified beyond that; a wrong branch is still far below
 ALIKE_SNR_DB = 30.0
 # an output that is zero but for rounding has no SNR worth the name

@@ -16,10 +16,10 @@ def test_rounding_of_another_summation_order_is_no_difference() -> None:
     assert proof.difference({"y": X}, {"y": X * np.float32(1 + 3e-7)}) == ""
 
 
-def test_error_of_a_thousandth_is_a_difference_and_one_of_a_ten_thousandth_is_not() -> None:
-    """70 dB is a relative error of 3.2e-4."""
-    assert proof.difference({"y": X}, {"y": X * np.float32(1.001)}).startswith("'y' differs: SNR 60.0 dB")
-    assert proof.difference({"y": X}, {"y": X * np.float32(1.0001)}) == ""
+def test_error_of_two_thousandths_is_a_difference_and_one_of_five_ten_thousandths_is_not() -> None:
+    """60 dB is a relative error of 1e-3; a sound network with batch norms over next to nothing was seen at 68."""
+    assert proof.difference({"y": X}, {"y": X * np.float32(1.002)}).startswith("'y' differs: SNR 54.0 dB")
+    assert proof.difference({"y": X}, {"y": X * np.float32(1.0005)}) == ""
 
 
 def test_output_that_is_zero_but_for_rounding_has_no_snr_worth_the_name() -> None:
