@@ -16,6 +16,7 @@ from exporter.prepare import (
     batchnorm,
     channels,
     constants,
+    contrib,
     conv_transpose,
     ends,
     factor,
@@ -43,8 +44,9 @@ ROUGHLY_DB = 10.0  # less is another model
 # A rewrite owns the model it is given, edits it in place, and returns how often its rules matched.
 Rewrite = Callable[[ir.Model], int]
 
+RAISE: Mapping[str, Rewrite] = {"opset": opset.rewrite}
 CLEAN: Mapping[str, Rewrite] = {
-    "opset": opset.rewrite,
+    "contrib": contrib.rewrite,
     "constants": constants.rewrite,
     "ends": ends.rewrite,
     "names": names.rewrite,
@@ -125,7 +127,10 @@ def to_quantizable(model: ir.Model, batch: Batch, given: ir.Model | None = None)
     # ONNX Runtime may or may not fuse what stands between Q/DQ, which rounds otherwise: such graphs are proved unfused
     fused = not taken.is_quantized(traced)
     expected = expected if fused else _run(traced, batch, "the traced graph", fused)
-    reference = _proved(traced, CLEAN, expected, batch, fused)[0]
+    raised = _proved(traced, RAISE, expected, batch, fused)[0]
+    if any(node.domain for node in raised.graph):
+        observed.fill(raised, batch)  # whose types and ranks no inference finds
+    reference = _proved(raised, CLEAN, expected, batch, fused)[0]
     start = reference.clone()
     observed.fill(start, batch)
     codes = taken.take(start, batch) if taken.is_quantized(start) else None
