@@ -1,4 +1,4 @@
-"""Write what ONNX Runtime's optimizer has fused as ONNX's own operators again: integer kernels are theirs, and it fuses them anew at load.
+"""Write what ONNX Runtime's optimizer has fused as ONNX's own operators again: these have integer kernels, and it fuses them anew.
 
 1. FusedConv and FusedGemm            become   Conv (+ Z) and Gemm, and the activation behind.
 2. FusedMatMul, TransposeMatMul       become   MatMul of transposed factors, times alpha.
@@ -63,8 +63,8 @@ class _Sketch:
     def value(self, op_type: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
         return self.add(op_type, inputs, attributes).outputs[0]
 
-    def constant(self, array: Array, name: str) -> ir.Value:
-        return edit.initializer(self._model, f"{self._name}_{name}", array)
+    def constant(self, array: Array | np.float32, name: str) -> ir.Value:
+        return edit.initializer(self._model, f"{self._name}_{name}", np.asarray(array))
 
     def kept(self, names: Sequence[str]) -> dict[str, object]:
         return {name: self.old.attributes[name].value for name in names if name in self.old.attributes}
@@ -194,8 +194,11 @@ def _attention(s: _Sketch) -> Made:
 
 
 def _is_lengths(x: ir.Value | None, mask: ir.Value) -> bool:
-    """Whether a mask of one axis has one number a sample, its length; with two it has ends, which the other operator does not read."""
-    return x is not None and x.shape is not None and mask.shape is not None and mask.shape[0] == x.shape[0]
+    """Whether a mask of one axis has a number a sample, its length. With two it has ends, which MultiHeadAttention does not read."""
+    samples, numbers = (
+        value.shape[0] if value is not None and value.shape is not None else None for value in (x, mask)
+    )
+    return samples == numbers and (isinstance(samples, int) or (samples is not None and bool(samples.value)))
 
 
 WRITERS: Mapping[str, Callable[[_Sketch], Made]] = {
@@ -277,7 +280,9 @@ def _out_of_blocks(s: _Sketch) -> Made:
     if x is None or x.shape is None or not channels:
         return None
     rank = len(x.shape)
-    ends = [s.constant(np.array([each], np.int64), name) for each, name in ((0, "start"), (channels, "end"), (1, "axis"))]
+    ends = [
+        s.constant(np.array([each], np.int64), name) for each, name in ((0, "start"), (channels, "end"), (1, "axis"))
+    ]
     y = x if x.shape[1] == channels else s.value("Slice", x, *ends)
     if s.old.attributes.get_int("channels_last", 0):
         y = s.value("Transpose", y, perm=[0, *range(2, rank), 1])
