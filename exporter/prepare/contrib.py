@@ -194,7 +194,7 @@ def _attention(s: _Sketch) -> Made:
 
 
 def _is_lengths(x: ir.Value | None, mask: ir.Value) -> bool:
-    """Whether a mask of one axis has a number a sample, its length. With two it has ends, which MultiHeadAttention does not read."""
+    """Whether a mask of one axis has a number a sample: its length. With two it has ends, which are not read there."""
     samples, numbers = (
         value.shape[0] if value is not None and value.shape is not None else None for value in (x, mask)
     )
