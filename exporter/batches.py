@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from exporter import axes
 from exporter.errors import CalibrationError
 from runtime.manifest import Tensor
 
@@ -54,7 +55,13 @@ def as_array(value: Any, name: str) -> Array:
     return array
 
 
-def read(given: Any, tensors: Sequence[Tensor], role: str, left_out: dict[str, int] | None = None) -> Iterator[Batch]:
+def read(
+    given: Any,
+    tensors: Sequence[Tensor],
+    role: str,
+    left_out: dict[str, int] | None = None,
+    optional: Sequence[Tensor] = (),
+) -> Iterator[Batch]:
     """Yield checked batches from whatever was given.
 
     Args:
@@ -63,6 +70,7 @@ def read(given: Any, tensors: Sequence[Tensor], role: str, left_out: dict[str, i
         tensors: the graph's inputs: name, dtype, shape.
         role: "calibration" or "heldout", for messages.
         left_out: counts {what is in a batch and for no input: in how many batches}.
+        optional: inputs with a default, which a batch may have too.
 
     Raises:
         CalibrationError: nothing given, wrong names, dtype or shape, NaN or infinity; names the batch and the input.
@@ -82,7 +90,7 @@ def read(given: Any, tensors: Sequence[Tensor], role: str, left_out: dict[str, i
             role, found=f"{type(given).__name__}: {error}"[:200], expected="an iterable of batches"
         ) from error
     for number, raw in enumerate(stream):
-        yield _checked(raw, tensors, role, number, {} if left_out is None else left_out)
+        yield _checked(raw, tensors, role, number, {} if left_out is None else left_out, optional)
 
 
 def require(given: Any, role: str) -> None:
@@ -163,7 +171,9 @@ def random(tensors: Sequence[Tensor], count: int, generator: np.random.Generator
         yield batch
 
 
-def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int, left_out: dict[str, int]) -> Batch:
+def _checked(
+    raw: Any, tensors: Sequence[Tensor], role: str, number: int, left_out: dict[str, int], optional: Sequence[Tensor]
+) -> Batch:
     where = f"{role} batch {number}"
     names = [tensor.name for tensor in tensors]
     if isinstance(raw, str | Path):
@@ -182,6 +192,8 @@ def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int, left_o
         if len(values) > len(names):
             _count(left_out, "what is behind the inputs, such as labels")
     missing = [name for name in names if name not in given]
+    tensors = [*tensors, *(tensor for tensor in optional if tensor.name in given)]
+    names = [tensor.name for tensor in tensors]
     unknown = [str(name) for name in given if name not in names]
     if missing:
         raise CalibrationError(
@@ -195,30 +207,12 @@ def _checked(raw: Any, tensors: Sequence[Tensor], role: str, number: int, left_o
     for name in unknown:
         _count(left_out, f"{name!r}, which is no input")
     batch = {tensor.name: _checked_array(given[tensor.name], tensor, where, number) for tensor in tensors}
-    _check_dimensions(batch, tensors, where, number)
+    axes.check(batch, tensors, where, number)
     return batch
 
 
 def _count(left_out: dict[str, int], what: str) -> None:
     left_out[what] = left_out.get(what, 0) + 1
-
-
-def _check_dimensions(batch: Batch, tensors: Sequence[Tensor], where: str, number: int) -> None:
-    """Hold equal names of dimensions to equal sizes, over all inputs."""
-    sizes: dict[str, tuple[int, str]] = {}
-    for tensor in tensors:
-        for label, size in zip(tensor.shape, batch[tensor.name].shape, strict=True):
-            if isinstance(label, int):
-                continue
-            known, first = sizes.setdefault(label, (size, tensor.name))
-            if size != known:
-                raise CalibrationError(
-                    f"{where}: input {tensor.name!r}",
-                    found=f"{label} = {size}",
-                    expected=f"{label} = {known}, as in {first!r}",
-                    tensor=tensor.name,
-                    batch=number,
-                )
 
 
 def _checked_array(value: Any, tensor: Tensor, where: str, number: int) -> Array:
@@ -299,7 +293,14 @@ class Split:
     MOST_APART = 64  # batches kept in memory and apart, for want of held-out data
     MOST_REPEATED = 32  # repeated batches kept in memory, should there be no others
 
-    def __init__(self, calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        calibration: Any,
+        heldout: Any,
+        tensors: Sequence[Tensor],
+        optional: Sequence[Tensor] = (),
+        loose: bool = False,
+    ) -> None:
         self.random = any(isinstance(given, str) and given == RANDOM for given in (calibration, heldout))
         # a stream of files knows how many there are, not how many it will skip; a generator knows nothing
         self.total, self.total_heldout = _length(calibration), _length(heldout)
@@ -307,12 +308,23 @@ class Split:
             self.total_heldout = min(self.total // self.EVERY, self.MOST_APART)
             self.total -= self.total_heldout
         self._left_out: dict[str, int] = {}
-        stream = read(calibration, tensors, "calibration", self._left_out)
+        held = axes.nameless(tensors) if loose else tensors
+        stream = read(calibration, held, "calibration", self._left_out, optional)
         self.first, self._stream = _with_values(*peek(stream, "calibration", calibration))
         self._heldout: Iterator[Batch] | None = None
+        firsts = [self.first]
         if heldout is not None:
-            _, self._heldout = peek(read(heldout, tensors, "heldout", self._left_out), "heldout", heldout)
-        else:
+            stream = read(heldout, held, "heldout", self._left_out, optional)
+            first, self._heldout = peek(stream, "heldout", heldout)
+            firsts.append(first)
+        self.tensors = axes.agreeing(tensors, firsts) if loose else tuple(tensors)
+        self.given = {tensor.name for tensor in optional if any(tensor.name in first for first in firsts)}
+        self._defaults: Batch = {}
+        self._kept_names: set[str] | None = None
+        if loose:
+            self._stream = _of_one_size(self._stream, self.tensors, "calibration")
+            self._heldout = self._heldout and _of_one_size(self._heldout, self.tensors, "heldout")
+        if heldout is None:
             self._stream = _enough(self._stream, self.EVERY)
         self.kept: list[Batch] = []
         self.repeated = 0
@@ -325,8 +337,18 @@ class Split:
         """What was in batches and went to no input."""
         return tuple(f"left out of batches: {what} ({count} of them)" for what, count in sorted(self._left_out.items()))
 
+    def fill(self, defaults: Batch) -> None:
+        """From now on batches have these inputs, and of those with a default no others: by `defaults`, where they have none."""
+        self._defaults, self._kept_names = defaults, {*defaults, *(tensor.name for tensor in self.tensors)}
+        self.first = self._filled(self.first)
+
+    def _filled(self, batch: Batch) -> Batch:
+        if self._kept_names is None:
+            return batch
+        return {name: value for name, value in {**batch, **self._defaults, **batch}.items() if name in self._kept_names}
+
     def calibration(self) -> Iterator[Batch]:
-        for number, batch in enumerate(self._stream):
+        for number, batch in enumerate(map(self._filled, self._stream)):
             apart = self._heldout is None and len(self._apart) < self.MOST_APART
             if apart and number % self.EVERY == self.EVERY - 1:
                 self._apart.append(batch)
@@ -344,7 +366,7 @@ class Split:
         return sum(array.nbytes for array in batch.values()) * self.KEPT_MOST <= self.KEPT_BYTES
 
     def heldout(self) -> Iterator[Batch]:
-        stream = iter(self._apart) if self._heldout is None else self._heldout
+        stream = iter(self._apart) if self._heldout is None else map(self._filled, self._heldout)
         repeated: list[Batch] = []
         self.overlapping = True
         for batch in stream:
@@ -390,11 +412,25 @@ def _enough(stream: Iterator[Batch], least: int) -> Iterator[Batch]:
     return itertools.chain(head, stream)
 
 
-def split(calibration: Any, heldout: Any, tensors: Sequence[Tensor]) -> Split:
+def _of_one_size(stream: Iterator[Batch], tensors: Sequence[Tensor], role: str) -> Iterator[Batch]:
+    for number, batch in enumerate(stream):
+        axes.check(batch, tensors, f"{role} batch {number}", number)
+        yield batch
+
+
+def split(
+    calibration: Any, heldout: Any, tensors: Sequence[Tensor], optional: Sequence[Tensor] = (), loose: bool = False
+) -> Split:
     """Check what was given and set calibration and held-out data apart.
+
+    Args:
+        calibration, heldout: see `read`.
+        tensors, optional: the graph's inputs without and with a default; `Split.given` are those of the latter that the first
+            batches have.
+        loose: equal names of dimensions are equal sizes only where the data agree (`Split.tensors`): a file's names.
 
     Raises:
         CalibrationError: no calibration data, nothing to measure drift on, or the first batch of either is not one for
             this graph; see `read`.
     """
-    return Split(calibration, heldout, tensors)
+    return Split(calibration, heldout, tensors, optional, loose)

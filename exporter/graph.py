@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -66,6 +66,69 @@ def inputs(model: ir.Model) -> tuple[Tensor, ...]:
     return tensors(value for value in model.graph.inputs if not value.is_initializer())
 
 
+def optional(model: ir.Model) -> tuple[Tensor, ...]:
+    """The inputs with a default: initializers that are listed as inputs."""
+    return tensors(value for value in model.graph.inputs if value.is_initializer())
+
+
+# who reads an initializer as a weight of its own, behind its first input
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization", "LayerNormalization")
+
+
+def settled(model: ir.Model, given: Collection[str]) -> tuple[ir.Model, dict[str, Array]]:
+    """A graph in which no input has a default, and the defaults that were taken out: {input: array}.
+
+    An initializer that is listed as an input is a weight, and a constant from now on, where every initializer is listed (files
+    of IR version 3, and tools that list them all) or a layer reads it; else it is an input, as is each of `given`.
+    """
+    listed = [value.name for value in model.graph.inputs if value.is_initializer()]
+    if not listed:
+        return model, {}
+    clone = model.clone()
+    every = model.ir_version < 4 or len(listed) == len(clone.graph.initializers)
+    defaults: dict[str, Array] = {}
+    for name in listed:
+        value = clone.graph.initializers[name or ""]
+        weight = any(op(use.node) in WEIGHTED and use.idx for use in value.uses())
+        if value.name in given or not (weight or (every and len(listed) > 1) or value.const_value is None):
+            assert value.const_value is not None
+            defaults[value.name or ""] = value.const_value.numpy()
+            clone.graph.initializers.pop(value.name or "")
+            value.const_value = None
+        else:
+            clone.graph.inputs.remove(value)
+    return clone, defaults
+
+
+def with_defaults(model: ir.Model, defaults: Mapping[str, Array]) -> ir.Model:
+    """A clone whose inputs have these defaults: a caller may leave them out."""
+    if not defaults:
+        return model
+    clone = model.clone()
+    for value in clone.graph.inputs:
+        name = value.name or ""
+        if name in defaults:
+            value.const_value = ir.tensor(defaults[name], name=name)
+            clone.graph.register_initializer(value)
+    return clone
+
+
+def renamed_axes(model: ir.Model, named: Iterable[Tensor]) -> ir.Model:
+    """The graph, or a clone in which inputs have the dimensions of `named`, and names that these no longer have are nowhere."""
+    before, after = inputs(model), tuple(named)
+    kept = {dim for tensor in after for dim in tensor.shape}
+    lost = {dim for tensor in before for dim in tensor.shape if isinstance(dim, str)} - kept
+    if not lost:
+        return model
+    clone = model.clone()
+    for each in clone.graphs():
+        for value in (*each.inputs, *(out for node in each for out in node.outputs)):
+            if value.shape is not None:
+                dims = (None if isinstance(d, ir.SymbolicDim) and d.value in lost else d for d in value.shape)
+                value.shape = ir.Shape(dims)
+    return clone
+
+
 def outputs(model: ir.Model) -> tuple[Tensor, ...]:
     return tensors(model.graph.outputs)
 
@@ -87,10 +150,17 @@ def runner(model: ir.Model, threads: int | None = None, optimize: bool = True) -
         raise RunError(str(error)) from error
     names = [output.name for output in opened.get_outputs()]
     wanted = [value.name for value in opened.get_inputs()]
+    defaults = [value.name for value in opened.get_overridable_initializers()]
 
     def run(batch: Batch) -> dict[str, Array]:
         try:
-            return dict(zip(names, opened.run(names, {name: batch[name] for name in wanted}), strict=True))
+            return dict(
+                zip(
+                    names,
+                    opened.run(names, {name: batch[name] for name in (*wanted, *(d for d in defaults if d in batch))}),
+                    strict=True,
+                )
+            )
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise RunError(str(error).splitlines()[0][:300]) from error
 

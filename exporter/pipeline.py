@@ -38,6 +38,7 @@ from exporter import (
     weights,
 )
 from exporter import recipe as recipes
+from exporter.batches import Batch
 from exporter.budget import Evaluate
 from exporter.cluster import Cluster
 from exporter.place import Plan
@@ -117,10 +118,15 @@ def _export(
     inputs = graph.inputs(traced.model)
     first = data.stream(calibration, inputs, "calibration", asked, skip_bad=skip_bad)
     second = None if heldout is None else data.stream(heldout, inputs, "heldout", asked, skip_bad=skip_bad)
-    split = batches.split(first, second, inputs)
+    split = batches.split(first, second, inputs, graph.optional(traced.model), loose=traced.exporter == "onnx")
+    settled, defaults = graph.settled(graph.renamed_axes(traced.model, split.tensors), split.given)
+    split.fill(defaults)
+    spare = {name: value for name, value in defaults.items() if name not in split.given}
+    if evaluate is not None and spare:
+        evaluate = _given(evaluate, spare)
 
     tell.stage("rewrite the graph so that it quantizes well")
-    prepared = prepare.to_quantizable(traced.model, split.first, traced.given)
+    prepared = prepare.to_quantizable(settled, split.first, traced.given)
     if prepared.kept and already.is_whole(prepared.reference, cpu):
         prepared = prepared.as_given(split.first)
 
@@ -199,12 +205,15 @@ def _export(
     from_int8 = already.judge(int8, better.plan, cpu)
     plan = plan.noted(from_int8.notes)
     corrected = replace(corrected, pair_rule=corrected.pair_rule and from_int8.pair_rule)
-    fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(int8)
+    prepared = replace(prepared, reference=graph.with_defaults(prepared.reference, spare))
+    fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(graph.with_defaults(int8, spare))
     watch = collect.watch(prepared.model, plan, found)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
+    unseen = ({name: value for name, value in batch.items() if name not in spare} for batch in unseen)
     read = None
     if graph.selections(prepared.model)[0]:
-        read = graph.to_bytes(graph.with_read(prepared.model)), graph.to_bytes(graph.with_read(int8))
+        real, whole = (graph.with_read(graph.with_defaults(each, spare)) for each in (prepared.model, int8))
+        read = graph.to_bytes(real), graph.to_bytes(whole)
     looked, against = read or (fp32, shipped), against | inner
     elsewhere = partial(cluster.total, there, *looked, cpu.session, against=against) if there is not None else None
     recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere, against, read)
@@ -248,3 +257,8 @@ def _export(
     files = report.files(made, recipe, plan, corrected.ranges, better.costs, models)
     bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
     return report.timed(made, out, recipe, drops, evaluate, better.found)
+
+
+def _given(evaluate: Evaluate, defaults: Batch) -> Evaluate:
+    """The same evaluation of a model that has no defaults of its own."""
+    return lambda run: evaluate(lambda batch: run({**defaults, **batch}))

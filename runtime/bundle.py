@@ -109,7 +109,18 @@ def risk(manifest: Manifest, pairs_in_int16: bool) -> str:
 class Bundle:
     """A verified bundle with its int8 model open. Arrays in, arrays out."""
 
-    __slots__ = ("_fitting", "_inputs", "_outputs", "_session", "manifest", "model", "path", "providers", "threads")
+    __slots__ = (
+        "_fitting",
+        "_inputs",
+        "_optional",
+        "_outputs",
+        "_session",
+        "manifest",
+        "model",
+        "path",
+        "providers",
+        "threads",
+    )
 
     def __init__(
         self,
@@ -133,6 +144,8 @@ class Bundle:
         self.providers = tuple(self._session.get_providers())
         _agree(model, "input", self._session.get_inputs(), manifest.inputs)
         _agree(model, "output", self._session.get_outputs(), manifest.outputs)
+        # inputs with a default in the model, which a caller may give
+        self._optional = {each.name: each for each in self._session.get_overridable_initializers()}
         self._inputs = [(tensor.name, np.dtype(tensor.dtype), tensor) for tensor in manifest.inputs]
         # shapes of the last inputs that fitted: the next ones mostly have the same
         self._fitting: list[tuple[int, ...]] = []
@@ -150,7 +163,8 @@ class Bundle:
         """Run the int8 model on one batch.
 
         Args:
-            inputs: {name: array}, each of the dtype and shape in `manifest.inputs`; nothing is converted silently.
+            inputs: {name: array}, each of the dtype and shape in `manifest.inputs`; nothing is converted silently. An input
+                with a default in the model is not among these and may be given too.
 
         Raises:
             InputError: a name that is missing or unknown, another dtype or shape, one named dimension with two sizes.
@@ -167,6 +181,9 @@ class Bundle:
             if array.dtype != dtype:
                 raise _other_dtype(array, tensor)
             feed[name] = array
+        if len(inputs) != len(feed) and isinstance(inputs, Mapping):
+            for name in self._optional.keys() & inputs.keys():
+                feed[name] = _fitting(np.asarray(inputs[name]), self._optional[name])
         if len(inputs) != len(feed):
             if not isinstance(inputs, Mapping):
                 raise self._missing(inputs, next(iter(feed)))
@@ -334,6 +351,15 @@ def _match(array: Array, tensor: Tensor, sizes: dict[str, int]) -> None:
         raise InputError(
             f"input {tensor.name}", name=tensor.name, found=f"shape {list(array.shape)}", expected=expected
         )
+
+
+def _fitting(array: Array, wanted: Any) -> Array:
+    """What is given in the place of a default: of its dtype and number of axes."""
+    dtype = DTYPE_OF.get(wanted.type, wanted.type)
+    if (str(array.dtype), array.ndim) != (dtype, len(wanted.shape)):
+        found, expected = f"{array.dtype}{list(array.shape)}", f"{dtype}{list(wanted.shape)}"
+        raise InputError(f"input {wanted.name}", name=wanted.name, found=found, expected=expected)
+    return array
 
 
 def _in_order(arrays: Mapping[str, Array], names: Sequence[str], file: Path) -> dict[str, Array]:

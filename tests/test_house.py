@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,7 @@ SHARED = {
     "optional",
     "progress",
     "quiet",
+    "axes",
     "batches",
     "graph",
     "qparams",
@@ -276,3 +278,32 @@ def test_nothing_names_the_place_it_was_written_at() -> None:
         assert not re.search(r"/(work|tmp/dev)/", path.read_text(encoding="utf-8").replace(r"/(work|tmp/dev)/", "")), (
             path
         )
+
+
+MODULE_OF = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where a distribution's module has another name
+
+
+def test_tests_import_only_what_the_extra_dev_installs() -> None:
+    """What needs more (a sample's model) asks find_spec, and skips."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name in extras if name != "hf" for line in extras[name])]
+    named = [re.match(r"[\w.-]+", line)[0] for line in lines]  # type: ignore[index]
+    installed = {MODULE_OF.get(name, name.replace("-", "_")) for name in named}
+    for path in modules("tests"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        found = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        found |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
+        ours = {*PACKAGES, "tests", "benchmarks"}
+        assert {name.split(".")[0] for name in found} <= STANDARD | installed | ours, path
+
+
+def test_ci_runs_the_readmes_commands_before_it_installs_anything_else() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^pip install '\.\[.*?(?=  |$)", readme, re.MULTILINE) == [
+        "pip install '.[demo]' && packlight demo",
+        "pip install '.[dev]' && ./check",
+    ]
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if 'eval "$command"' in line)
+    assert not [line for line in lines[:first] if line.strip().startswith("pip ")]

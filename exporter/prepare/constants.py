@@ -1,6 +1,6 @@
 """Fold what does not depend on the inputs, so that a weight is an initializer where its node reads it.
 
-1. Functions are inlined; Constant nodes become initializers; initializers listed as inputs (old files) are fixed.
+1. Functions are inlined; Constant nodes become initializers.
 2. A node whose inputs are all constant is computed now, unless its result is larger than every weight; one that makes a large
    tensor of a small one (ConstantOfShape, Expand, Tile) only where that has SMALL elements at most, for it would be in the file.
    Identity, Dropout and no-op Cast, Expand, Transpose go.
@@ -49,7 +49,6 @@ def rewrite(model: ir.Model) -> int:
         pass_(model).modified
         for pass_ in (
             passes.InlinePass(),
-            passes.RemoveInitializersFromInputsPass(),
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         )
     ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,3 +238,33 @@ def test_empty_batches_are_calibrated_on_and_never_compared_on() -> None:
     assert split.first["x"].tolist() == some[1]["x"].tolist()
     assert len(list(split.calibration())) == 4
     assert [batch["x"][0, 0] for batch in split.kept] == [1, 3]
+
+
+def of_sizes(*sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [{"x": np.ones(size, np.float32)} for size in sizes]
+
+
+@pytest.mark.parametrize("label", ["None", "?", "-1", "unk__7", "N"])
+def test_one_name_for_all_axes_of_a_file_is_not_one_size(label: str) -> None:
+    tensors = [Tensor(name="x", dtype="float32", shape=(label, 3, label))]
+    split = batches.split(of_sizes((2, 3, 2), (1, 3, 5)), of_sizes((4, 3, 4)), tensors, loose=True)
+    assert split.tensors[0].shape == ("x_0", 3, "x_2")
+    assert [batch["x"].shape for batch in split.calibration()] == [(2, 3, 2), (1, 3, 5)]
+
+
+def test_name_of_a_file_that_the_first_batches_contradict_goes_and_one_they_agree_to_stays() -> None:
+    tensors = [Tensor(name=name, dtype="float32", shape=("N", "M")) for name in "ab"]
+    given = [{"a": np.ones((2, 3), np.float32), "b": np.ones((2, 4), np.float32)}]
+    split = batches.split(given, given, tensors, loose=True)
+    assert [tensor.shape for tensor in split.tensors] == [("N", "a_1"), ("N", "b_1")]
+    with pytest.raises(CalibrationError, match="found M = 4, expected M = 3"):
+        batches.split(given, given, tensors)
+
+
+def test_input_with_a_default_is_taken_where_a_batch_has_it_and_filled_in_where_not() -> None:
+    x, t = (Tensor(name=name, dtype="float32", shape=()) for name in "xt")
+    given = [{"x": np.float32(1), "t": np.float32(5)}, {"x": np.float32(2)}]
+    split = batches.split(given, [{"x": np.float32(3)}], [x], [t])
+    assert split.given == {"t"}
+    split.fill({"t": np.asarray(np.float32(7))})
+    assert [float(batch["t"]) for batch in (*split.calibration(), *split.heldout())] == [5, 7, 7]

@@ -9,6 +9,7 @@ import pytest
 from exporter import graph
 from runtime.errors import PacklightError
 from runtime.kernels import trace
+from runtime.manifest import Tensor
 from tests.exporter import graphs
 
 NET = """(float[N,3,8,8] x) => (float[N,4] y) {
@@ -161,3 +162,41 @@ def test_node_of_another_domain_is_not_the_operator_of_its_name() -> None:
     assert graph.op(ir.node("FusedConv", [], domain="com.microsoft")) == "FusedConv"
     fused = ir.node("MatMul", [ir.val("a"), ir.val("b")], domain="own")
     assert not graph.is_product(fused) and graph.macs(fused, {"a": (2, 3), "b": (3, 4)}) == 0
+
+
+DEFAULT = "(float[N,4] x, float[4,4] w, float t) => (float[N,4] y) { m = MatMul(x, w)\n y = Mul(m, t) }"
+
+
+def with_defaults(*more: str, ir_version: int = 8) -> ir.Model:
+    arrays = {"w": graphs.noise(1, 4, 4), "t": np.float32(2), **{name: np.float32(1) for name in more}}
+    made = graphs.model(DEFAULT, arrays)
+    made.ir_version = ir_version
+    return made
+
+
+def test_default_that_no_layer_reads_as_a_weight_is_an_input_and_can_be_put_back() -> None:
+    model = with_defaults("unlisted")
+    settled, defaults = graph.settled(model, set())
+    assert [tensor.name for tensor in graph.inputs(settled)] == ["x", "t"]
+    assert defaults == {"t": np.float32(2)}
+    x = graphs.noise(0, 2, 4)
+    put_back = graph.with_defaults(settled, defaults)
+    assert [tensor.name for tensor in graph.optional(put_back)] == ["t"]
+    plain, other = (graph.runner(put_back)({"x": x, **given})["y"] for given in ({}, {"t": np.asarray(6, np.float32)}))
+    np.testing.assert_allclose(other, 3 * plain, rtol=1e-6)
+    assert [tensor.name for tensor in graph.optional(model)] == ["w", "t"]  # what was given is as it was
+
+
+def test_initializers_that_are_all_listed_as_inputs_are_weights_but_for_those_that_batches_give() -> None:
+    for model in (with_defaults(), with_defaults("unlisted", ir_version=3)):
+        assert graph.settled(model, set())[1] == {}
+        settled, defaults = graph.settled(model, {"t"})
+        assert [tensor.name for tensor in graph.inputs(settled)] == ["x", "t"] and [*defaults] == ["t"]
+
+
+def test_name_of_an_axis_that_is_taken_back_is_nowhere_in_the_graph() -> None:
+    model = graphs.model("(float[None,4,None] x) => (float[None,4,None] y) { y = Relu(x) }")
+    named = [Tensor(name="x", dtype="float32", shape=("x_0", 4, "x_2"))]
+    found = graph.renamed_axes(model, named)
+    assert [t.shape for t in (*graph.inputs(found), *graph.outputs(found))] == [("x_0", 4, "x_2"), ("y_0", 4, "y_2")]
+    assert graph.renamed_axes(model, graph.inputs(model)) is model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -403,3 +404,22 @@ def test_metric_that_evaluate_does_not_return_is_refused_before_calibration(onnx
             tmp_path / "b",
             evaluate=lambda run: {"top1": 1.0},
         )
+
+
+def test_input_with_a_default_may_be_left_out_of_a_bundle_and_given(tmp_path: Path) -> None:
+    """t is a default that no calibration batch gives: it is neither dropped nor asked for."""
+    proto = graphs.proto(
+        "(float[N,8] x, float[1] t) => (float[N,4] y) { m = MatMul(x, w)\n y = Mul(m, t) }",
+        {"w": graphs.noise(1, 8, 4), "t": np.ones(1, np.float32)},
+    )
+    onnx.save(proto, tmp_path / "m.onnx")
+    made = [{"x": graphs.noise(seed, 4, 8)} for seed in range(8)]
+    source, recipe = exporter.from_onnx(tmp_path / "m.onnx"), exporter.load_recipe("portable")
+    exporter.export(source, recipe, made[:4], made[4:], tmp_path / "b", max_evaluations=0)
+    bundle = runtime.load(tmp_path / "b")
+    assert [tensor.name for tensor in bundle.manifest.inputs] == ["x"]
+    assert runtime.check(bundle).drift.worst_snr_db > 20
+    plain, doubled = (bundle.run(made[0] | given)["y"] for given in ({}, {"t": np.full(1, 2, np.float32)}))
+    np.testing.assert_allclose(doubled, 2 * plain, rtol=1e-6)
+    with pytest.raises(runtime.InputError, match=r"input t: found float64\[1\], expected float32\[1\]"):
+        bundle.run(made[0] | {"t": np.ones(1)})

@@ -111,14 +111,6 @@ def test_what_nothing_reads_is_removed_and_what_is_an_output_stays() -> None:
     assert [value.name for value in after.graph.outputs] == ["y", "z"]
 
 
-def test_initializer_listed_as_input_is_fixed() -> None:
-    proto = graphs.proto(
-        "(float[N,4] x, float[4,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"w": graphs.noise(1, 4, 4)}
-    )
-    after, _ = graphs.rewritten(ir.serde.deserialize_model(proto), constants.rewrite, X)
-    assert [value.name for value in after.graph.inputs] == ["x"]
-
-
 def test_large_weight_that_is_read_twice_is_computed_too() -> None:
     """A tied embedding: the table is gathered from, and its transpose is the output layer."""
     table = graphs.noise(1, 4096, 4)
