@@ -299,7 +299,7 @@ def shapes(model: ir.Model, batch: Batch) -> dict[str, Shape]:
     for name, value in model.graph.initializers.items():
         found[name] = tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
     names = [value.name for node in model.graph for value in node.outputs if value.name]
-    ran = runner(with_outputs(model, names))(batch)
+    ran = runner(with_outputs(model, names))(batch) if names else {}
     return found | {name: tuple(value.shape) for name, value in ran.items() if isinstance(value, np.ndarray)}
 
 
