@@ -116,7 +116,7 @@ def test_page_fits_a_phone_and_reads_in_the_dark(dark: bool, page: web.Page, fol
     labels = page.evaluate(
         "[...document.querySelectorAll('.label')].filter((e) => e.offsetParent).map((e) => e.innerText.trim())"
     )
-    assert labels[:5] == ["SNR dB", "cosine", "max abs", "same top-1", "integer MACs"]
+    assert labels[:6] == ["SNR dB", "varying dB", "cosine", "max abs", "same top-1", "integer MACs"]
     colours = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
     ground, ink = (sum(map(int, colour[4:-1].split(","))) for colour in colours)
     assert (ground < ink) is dark and abs(ground - ink) > 400

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exporter import quantize
-from exporter.calibrate import Range, Ranges, auto, distinguish, enough, observe, observer, statistics
+from exporter import graph, quantize
+from exporter.calibrate import Range, Ranges, distinguish, enough, observe, observer, statistics
 from exporter.calibrate.enough import Coverage
 from exporter.calibrate.observe import CHUNK
 from exporter.calibrate.statistics import Statistics
+from runtime import drift
 from tests import models
 from tests.exporter import graphs, stages
 
@@ -153,9 +154,10 @@ def test_uncovered_tensors_are_those_that_cost_the_outputs_of_heldout_data(count
     found, heldout = (observe(model, plan.tensors, each, (), True) for each in (seen, unseen))
     ranges = distinguish(model, found.ranges)
     int8 = quantize.to_int8(model, plan, ranges)
-    lost = -np.diff([auto.evaluator(model, int8, each)(ranges).snr_db for each in (seen, unseen)])[0]
+    fp32, rounded = graph.runner(model), graph.runner(int8)
+    found_db, heldout_db = (drift.measure((fp32(x), rounded(x)) for x in each).worst_snr_db for each in (seen, unseen))
     assert any(each.uncovered for each in enough.judge(found, heldout, ranges, model).coverage) is uncovered
-    assert lost > 6 if uncovered else lost < 3
+    assert found_db - heldout_db > 6 if uncovered else found_db - heldout_db < 3
 
 
 def test_sentence_names_the_worst_tensor_that_heldout_data_leave() -> None:
