@@ -156,6 +156,7 @@ def from_onnx(path: str | Path) -> Source:
             do="export the model again, or convert it with onnx.version_converter and check the result",
         )
     _require_ranks(model, path)
+    _require_numbers(model, path)
     _forget_ends(model)
     beside = external.load(model, path)
     external.make_dense(model)
@@ -407,6 +408,23 @@ def _require_ranks(model: onnx.ModelProto, path: Path) -> None:
                 expected="a tensor with a number of axes (their sizes may be open)",
                 do="export the model again with the shapes of its inputs",
             )
+
+
+def _require_numbers(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse ends that are no numbers, as pipelines of scikit-learn have them: a probe holds arrays, and drift compares numbers."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for side, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in values:
+            kind = value.type.WhichOneof("value")
+            text = kind == "tensor_type" and value.type.tensor_type.elem_type == onnx.TensorProto.STRING
+            if value.name not in weights and (text or kind not in (None, "tensor_type")):
+                raise TraceError(
+                    f"{path}: {side} {value.name}",
+                    found="strings" if text else "a sequence or map",
+                    expected="arrays of numbers",
+                    do="of a classifier export probabilities as an array (skl2onnx: options={'zipmap': False}) and classes as "
+                    "integers; else leave it out with onnx.utils.extract_model",
+                )
 
 
 def _path(given: object, what: str) -> Path:

@@ -346,6 +346,18 @@ def test_input_of_unknown_rank_is_refused_in_words(tmp_path: Path) -> None:
         exporter.from_onnx(tmp_path / "m.onnx")
 
 
+def test_outputs_that_are_no_numbers_are_refused_and_what_to_export_instead_is_said(tmp_path: Path) -> None:
+    proto = graphs.proto("(float[N,4] x) => (float[N,4] y, string[N,4] z) { y = Relu(x) z = Cast <to = 8> (x) }")
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(TraceError, match="output z: found strings, expected arrays of numbers; of a classifier"):
+        exporter.from_onnx(tmp_path / "m.onnx")
+    listed = onnx.helper.make_tensor_sequence_value_info("z", onnx.TensorProto.FLOAT, None)
+    proto.graph.output[1].CopyFrom(listed)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(TraceError, match="output z: found a sequence or map"):
+        exporter.from_onnx(tmp_path / "m.onnx")
+
+
 def test_error_inside_a_python_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("1 / 0\n")
     with pytest.raises(TraceError, match=r"bad\.py: running it failed: found ZeroDivisionError: division by zero"):
