@@ -62,7 +62,7 @@ def collect(
         plan: says which tensors need ranges.
         asked: the recipe's [calibrate].
         batches: read once.
-        kept: some of them, filled while they are read (`batches.Split.kept`); "best" and "auto" compare outputs on these.
+        kept: some of them, filled while they are read (`split.Split.kept`); "best" and "auto" compare outputs on these.
         tell: told what is being done.
         there: the workers to observe on, or None.
         grids: {tensor: codes that the file came with}, which it keeps.

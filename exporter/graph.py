@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -237,7 +237,8 @@ def selections(model: ir.Model) -> tuple[dict[str, ir.Value], list[ir.Value]]:
     """What nodes that select read, and the outputs that are sets: which items they hold, or in which order, depends on numbers.
 
     The first is {name: tensor} of the real numbers that go into a TopK, a NonMaxSuppression and the like, and into what follows
-    them up to the next layer. Names are those of the reader and its input, the same in a quantized graph.
+    them up to the next layer, where an output is a set; and of those that an integer or boolean output is made of, by an ArgMax
+    or a Greater. Names are those of the reader and its input, the same in a quantized graph.
     """
     behind: dict[ir.Value, None] = {}
     read: dict[str, ir.Value] = {}
@@ -256,10 +257,36 @@ def selections(model: ir.Model) -> tuple[dict[str, ir.Value], list[ir.Value]]:
             if op(node) not in ("QuantizeLinear", "DequantizeLinear"):
                 read[f"{node.name} reads {number}"] = value
     sets = [output for output in model.graph.outputs if output in behind]
+    read = (read if sets else {}) | _decided(model, sets)
     once: dict[ir.Value, str] = {}
     for name in sorted(read):  # by name: a quantized graph has its nodes in another order, and rounds for each reader
         once.setdefault(_real(read[name]), name)
-    return ({name: read[name] for name in once.values()} if sets else {}), sets
+    return {name: read[name] for name in once.values()}, sets
+
+
+def _decided(model: ir.Model, sets: Sequence[ir.Value]) -> dict[str, ir.Value]:
+    """{name: tensor} of the real numbers that decide integer and boolean outputs, but for what is an output itself."""
+    shown = {_real(output) for output in model.graph.outputs}
+    whole = (each for each in model.graph.outputs if each.dtype is not None and not each.dtype.is_floating_point())
+    left = [each for each in whole if each not in sets]
+    seen, read = set(left), dict[str, ir.Value]()
+    while left:
+        node = left.pop().producer()
+        if node is None or op(node) in ("Shape", "Size"):
+            continue
+        for number, value in enumerate(node.inputs):
+            maker = None if value is None else value.producer()
+            if value is None or maker is None or value in seen:
+                continue
+            if op(node) not in ("QuantizeLinear", "DequantizeLinear") and (
+                value.dtype == ir.DataType.FLOAT or op(maker) == "DequantizeLinear"
+            ):
+                if _real(value) not in shown:
+                    read[f"{node.name} reads {number}"] = value
+                continue
+            seen.add(value)
+            left.append(value)
+    return read
 
 
 def _real(value: ir.Value) -> ir.Value:

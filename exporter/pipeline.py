@@ -47,6 +47,7 @@ from exporter.progress import Progress, Silent
 from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
 from exporter.source import Source
+from exporter.split import Split
 
 
 def export(
@@ -118,7 +119,7 @@ def _export(
     inputs = graph.inputs(traced.model)
     first = data.stream(calibration, inputs, "calibration", asked, skip_bad=skip_bad)
     second = None if heldout is None else data.stream(heldout, inputs, "heldout", asked, skip_bad=skip_bad)
-    split = batches.split(first, second, inputs, graph.optional(traced.model), loose=traced.exporter == "onnx")
+    split = Split(first, second, inputs, graph.optional(traced.model), loose=traced.exporter == "onnx")
     settled, defaults = graph.settled(graph.renamed_axes(traced.model, split.tensors), split.given)
     split.fill(defaults)
     spare = {name: value for name, value in defaults.items() if name not in split.given}

@@ -159,7 +159,8 @@ def _groups(arrays: Sequence[Array], constant: Array) -> Iterator[Part]:
         if len(channels) > 1 or not 1 < (size := channels.pop()) <= MOST_CHANNELS:
             continue
         rms = np.sqrt(sum(_squares(array, constant, axis) for array in arrays))
-        order = [int(channel) for channel in np.argsort(rms, kind="stable") if rms[channel] > 0]
+        least = drift.NOTHING_VARIES * rms.max()  # a channel without meaning beside the others, if with numbers
+        order = [int(channel) for channel in np.argsort(rms, kind="stable") if rms[channel] > least]
         for at in range(1, len(order)):
             gap = rms[order[at]] / rms[order[at - 1]]
             if gap > widest and min(at, len(order) - at) >= LEAST_SHARE * size:

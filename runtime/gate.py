@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # A device error of 0.7 quantization errors: healthy CPUs had at most 0.68, ones that saturate 5.4 in the median
 Q_LIMIT = 0.7
+# Of integers and sets, the share that a device has as it was recorded at least: a rounding that turns over flips few comparisons
+SAME_LIMIT, SAME_OF_SET = 0.9, 0.5
 # Below it what varies is lost: two values in the place of many are at 6 dB at best (those of a uniform distribution)
 LOST_DB = 6.0
 # Two orders of summation in float32 agree to more than this (exporter/proof.py holds graphs to less)
@@ -102,6 +104,7 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
     Needs neither exporter nor FP32 model. The limits on the device error hold for every bundle:
 
         device_q NAME   at most Q_LIMIT: another CPU may round otherwise, but not by more than quantization did; float outputs
+        device_same NAME  at least SAME_LIMIT of integers (SAME_OF_SET of a set) as recorded, or what quantization left the same
         exact NAME      1, on the machines that the manifest lists in exact_on (x86 from AVX2 up), by the same ONNX Runtime
 
     Args:
@@ -128,6 +131,11 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
     lines = (
         *limits(asked, drift, integer_macs, _size(bundle), _ram(bundle)),
         *(line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items() if name in floats),
+        *(
+            _same(*both)
+            for both in zip(device.outputs, quantization.outputs, strict=True)
+            if both[0].name not in floats
+        ),
         *(
             line(f"exact {output.name}", float(output.equal == 1), 1.0)
             for output in device.outputs
@@ -342,6 +350,15 @@ def _between(
     reference: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]], judged: Mapping[str, Judged]
 ) -> Drift:
     return drifts.measure(zip(reference, candidate, strict=True), drifts.grounds(judged))
+
+
+def _same(device: OutputDrift, quantization: OutputDrift) -> Line:
+    """Integers and sets here against those recorded: one element may always be another."""
+    if device.by == "set":
+        least = min(quantization.matched or 0.0, SAME_OF_SET)
+        return line(f"device_same {device.name}", 1.0 if device.matched is None else device.matched, least)
+    least = min(quantization.equal or 0.0, SAME_LIMIT) - 1 / max(device.elements, 1)
+    return line(f"device_same {device.name}", device.equal or 0.0, max(least, 0.0))
 
 
 def relative(device: Drift, quantization: Drift) -> dict[str, float]:

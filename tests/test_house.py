@@ -42,6 +42,7 @@ SHARED = {
     "quiet",
     "axes",
     "batches",
+    "split",
     "graph",
     "qparams",
     "proof",

@@ -14,7 +14,6 @@ import onnxruntime
 
 from exporter import data, graph, optional, weights
 from exporter import recipe as recipes
-from exporter.batches import Split
 from exporter.budget import Drop, Evaluate, metrics
 from exporter.bundle import Models, Recorded
 from exporter.calibrate import Ranges
@@ -30,6 +29,7 @@ from exporter.search import Found, Improved
 from exporter.search.costs import Costs
 from exporter.shrink import Shrunk
 from exporter.source import Source
+from exporter.split import Split
 from exporter.target import Target
 from exporter.trace import Traced
 from runtime import cpu, gate, memory
@@ -47,6 +47,7 @@ from runtime.session import open_session
 NOT_COVERED = "calibration data do not cover held-out data"
 FAR_SHARE, FAR_BEYOND = 0.1, 1.0  # of held-out values outside a range, and how far in its widths
 LEAST_TOP1, FEWEST = 0.5, 8  # of so many held-out batches at least
+FAR_BELOW_DB = 10.0  # of what the same plan reached on calibration data: ten times the error
 
 
 def make(
@@ -73,7 +74,8 @@ def make(
     ships = max(weights.size(models.int8), ort_bytes or 0)  # a device may take either
     on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
     asked = gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None)
-    lines = (*asked, *_uncovered(enough, recorded.drift))
+    promised_db = min(better.found.chosen.snr_db, recipe.search.aim_snr_db)
+    lines = (*asked, *_unvaried(split.alike), *_uncovered(enough, recorded.drift, promised_db))
     return Report(
         name=source.name,
         recipe=recipe.name,
@@ -149,11 +151,19 @@ def _judged(output: OutputDrift) -> Judged:
     )
 
 
-def _uncovered(enough: Enough, drift: Drift) -> Iterable[Line]:
+def _unvaried(alike: str) -> Iterable[Line]:
+    """An unmet line where all data are alike: what was measured on them says nothing about others."""
+    if alike:
+        yield Line(what="different samples", found=1.0, limit=2.0, met=False, cause=f"{alike}: give real data")
+
+
+def _uncovered(enough: Enough, drift: Drift, promised_db: float) -> Iterable[Line]:
     """An unmet line where held-out data are of another kind than what was calibrated: drift on them says nothing about other data.
 
-    That a few values lie a little outside is bad luck; a tenth of them by a whole range, or half of the classes together with
-    clipping that costs more than rounding, is not.
+    That a few values lie a little outside is bad luck; a tenth of them by a whole range, or together with clipping that costs
+    more than rounding half of the classes, or ten times the error that calibration data promised, is not.
+
+    promised_db: SNR on calibration data, as far as it was asked for.
     """
     far = [
         each for each in enough.coverage if each.uncovered and each.outside >= FAR_SHARE and each.beyond >= FAR_BEYOND
@@ -172,6 +182,12 @@ def _uncovered(enough: Enough, drift: Drift) -> Iterable[Line]:
         )
     if not any(each.uncovered for each in enough.coverage) or drift.batches < FEWEST:
         return
+    if drift.worst_snr_db < promised_db - FAR_BELOW_DB:
+        said = f"{promised_db:.1f} dB on calibration data"
+        yield Line(
+            what="worst SNR, dB", found=drift.worst_snr_db, limit=promised_db - FAR_BELOW_DB, met=False,
+            cause=f"{NOT_COVERED}: {said}",
+        )  # fmt: skip
     for output in drift.outputs:
         if output.same_top1 is not None and output.same_top1 <= LEAST_TOP1:
             yield Line(

@@ -8,6 +8,8 @@ import { Refusal } from './refusal.mjs';
 
 export const MACHINE = 'wasm32';
 export const Q_LIMIT = 0.7; // healthy CPUs have at most 0.68, ones that saturate 5.4 in the median
+// Of integers and sets, the share that a device has as recorded at least: a rounding that turns over flips few comparisons
+export const [SAME_LIMIT, SAME_OF_SET] = [0.9, 0.5];
 // Time is spent on the first batch: at most this long, and never fewer runs than three.
 const TIMED_MS = 1500;
 const [FEWEST, MOST] = [3, 20];
@@ -52,6 +54,7 @@ export async function check(ort, bundle, { collect, say = () => {} }) {
     ...Object.entries(q)
       .filter(([name]) => drift.outputs.find((output) => output.name === name).by === 'reals')
       .map(([name, found]) => ceiling(`device_q ${name}`, found, Q_LIMIT)),
+    ...device.outputs.flatMap((output, at) => (output.by === 'reals' ? [] : [same(output, quantization.outputs[at])])),
     ...(manifest.exact_on.includes(MACHINE)
       ? device.outputs.map(({ name, equal }) => floor(`exact ${name}`, Number(equal === 1), 1))
       : []),
@@ -204,6 +207,14 @@ function limits(budget, drift, integer, sizeBytes) {
     }
   }
   return lines;
+}
+
+/** Integers and sets here against those recorded: one element may always be another. */
+function same(device, quantization) {
+  const what = `device_same ${device.name}`;
+  if (device.by === 'set') return floor(what, device.matched ?? 1, Math.min(quantization.matched ?? 0, SAME_OF_SET));
+  const least = Math.min(quantization.equal, SAME_LIMIT) - 1 / Math.max(device.elements, 1);
+  return floor(what, device.equal, Math.max(least, 0));
 }
 
 /** A limit on drift held against one output: real numbers; of integers the share that is equal, where top-1 is limited. */

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 
 from exporter import graph
 from runtime.errors import PacklightError
@@ -200,3 +201,24 @@ def test_name_of_an_axis_that_is_taken_back_is_nowhere_in_the_graph() -> None:
     found = graph.renamed_axes(model, named)
     assert [t.shape for t in (*graph.inputs(found), *graph.outputs(found))] == [("x_0", 4, "x_2"), ("y_0", 4, "y_2")]
     assert graph.renamed_axes(model, graph.inputs(model)) is model
+
+
+@pytest.mark.parametrize(
+    ("op_type", "attributes", "dtype"),
+    [("ArgMax", {"axis": 1}, TensorProto.INT64), ("Cast", {"to": TensorProto.INT32}, TensorProto.INT32)],
+)
+def test_real_numbers_that_decide_integers_are_read(op_type: str, attributes: dict[str, int], dtype: int) -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"], name="relu"),
+        helper.make_node(op_type, ["r"], ["i"], name="decides", **attributes),
+        helper.make_node("Add", ["i", "i"], ["y"], name="twice"),
+    ]
+    told = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
+    outputs = [helper.make_tensor_value_info("y", dtype, None)]
+    for further in ([], [helper.make_tensor_value_info("r", TensorProto.FLOAT, [2, 3])]):
+        between = [helper.make_tensor_value_info("r", TensorProto.FLOAT, [2, 3])]
+        made = helper.make_graph(nodes, "g", [told], [*outputs, *further], value_info=[] if further else between)
+        model = ir.serde.deserialize_model(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)]))
+        read, sets = graph.selections(model)
+        assert sets == []
+        assert {name: value.name for name, value in read.items()} == ({} if further else {"decides reads 0": "r"})

@@ -44,6 +44,13 @@ def test_channels_that_vary_far_less_than_the_others_are_a_part() -> None:
     assert parts(model, [each / scale for each in arrays]) == (Part(),)
 
 
+def test_channels_that_are_dead_beside_the_others_are_no_part() -> None:
+    rng = np.random.default_rng(0)
+    model = two_heads([helper.make_node("Neg", ["c"], ["y"])], [1, 6, 6])
+    scale = np.array([1, 1, 1e-20, 1, 1e-9, 1]).reshape(1, 6, 1)
+    assert parts(model, [scale * rng.standard_normal((1, 6, 6)) for _ in range(4)]) == (Part(),)
+
+
 def test_rows_of_a_batch_and_axes_of_changing_size_share_one_constant() -> None:
     model = two_heads([helper.make_node("Neg", ["c"], ["y"])], [1, 6, 6])
     arrays = [np.full((size, 3), 7.0) * np.float32([1, 2, 3]) for size in (2, 5)]

@@ -178,6 +178,23 @@ def test_small_device_error_is_met_unless_the_target_promised_exact_bits(own_bun
     assert [(line.what, line.met) for line in promised.lines] == [("device_q logits", True), ("exact logits", False)]
 
 
+@pytest.mark.parametrize(("recorded", "share", "met"), [(0, 1.0, True), (1, 0.95, True), (4, 0.8, False)])
+def test_integers_that_a_device_has_otherwise_are_not_met(recorded: int, share: float, met: bool) -> None:
+    fp32, here = np.arange(20), np.arange(20)
+    other = np.where(np.arange(20) < recorded, -1, here)
+    device, quantization = (drift.measure([({"y": one}, {"y": here})]) for one in (other, fp32))
+    line = gate._same(device.outputs[0], quantization.outputs[0])
+    assert (line.what, line.found, line.limit, line.met) == ("device_same y", share, pytest.approx(0.85), met)
+
+
+def test_device_keeps_of_a_set_what_quantization_kept() -> None:
+    fp32, recorded, here = (np.float32([[n, n] for n in each]) for each in ([1, 5, 9, 20], [1, 50, 80], [1, 70, 30, 2]))
+    device, quantization = (drift.measure([({"y": r}, {"y": c})]) for r, c in ((recorded, here), (fp32, recorded)))
+    line = gate._same(device.outputs[0], quantization.outputs[0])
+    assert (line.found, line.limit, line.met) == (pytest.approx(1 / 3), 0.25, True)
+    assert not gate._same(device.outputs[0], drift.measure([({"y": fp32}, {"y": fp32[:3]})]).outputs[0]).met
+
+
 def test_promise_of_another_machine_is_not_held_against_this_one(own_bundle: Path) -> None:
     about = replace(models.manifest(Budget()), exact_on=("riscv64",))
     assert runtime.check(recorded_elsewhere(own_bundle, 1e-3, about)).met

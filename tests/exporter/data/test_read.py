@@ -12,6 +12,7 @@ import torch
 
 from exporter import batches, data
 from exporter.errors import CalibrationError, RecipeError
+from exporter.split import Split
 from runtime.errors import install
 from runtime.preprocess import Preprocessing
 from tests.exporter.data.made import IDS, IMAGE, X, asked, picture, read, refusal, tokenizer
@@ -100,16 +101,14 @@ def test_number_of_batches_is_told_where_files_tell_it(tmp_path: Path) -> None:
         picture(tmp_path / f"{number}.png", number)
     stream = data.stream(tmp_path, (IMAGE,), "calibration", asked(images={"batch": 2, "resize": [8, 8]}))
     assert operator.length_hint(stream) == 3
-    split = batches.split(
-        stream, data.stream(tmp_path, (IMAGE,), "heldout", asked(images={"resize": [8, 8]})), (IMAGE,)
-    )
+    split = Split(stream, data.stream(tmp_path, (IMAGE,), "heldout", asked(images={"resize": [8, 8]})), (IMAGE,))
     assert split.total == 3
     assert len(list(split.calibration())) == 3
     tokenizer(tmp_path / "t.json")
     (tmp_path / "a.txt").write_text("a cat")
     lines = data.stream(tmp_path / "a.txt", (IDS,), "calibration", asked(tmp_path, text={"tokenizer": "t.json"}))
     assert operator.length_hint(lines) == 0
-    assert batches.split(lines, lines, (IDS,)).total is None
+    assert Split(lines, lines, (IDS,)).total is None
 
 
 def test_preprocessing_for_the_manifest_is_what_the_images_table_says() -> None:
