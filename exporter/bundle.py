@@ -56,10 +56,14 @@ ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "Dyna
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """Held-out drift of the int8 graph, the batches that travel as the probe, and the kernels that ran."""
+    """Held-out drift of the int8 graph, the batches that travel as the probe, and the kernels that ran.
+
+    promised_db: the worst SNR on calibration batches, as `Drift.worst_snr_db`; inf where none was given.
+    """
 
     probes: tuple[Probe, ...]
     drift: Drift
+    promised_db: float
     kernels: Kernels
 
     @property
@@ -107,6 +111,7 @@ def record(
     elsewhere: Callable[[Iterable[Batch], int], Totals] | None = None,
     against: Mapping[str, Ground] = NOTHING_KNOWN,
     read: tuple[bytes, bytes] | None = None,
+    calibrated: Sequence[Batch] = (),
 ) -> Recorded:
     """Run both models on held-out batches.
 
@@ -114,6 +119,7 @@ def record(
     A batch whose outputs hold no element does not go into the probe: it would prove nothing, there or on a device.
     `elsewhere` takes the batches behind the probe, and the number of the first; the drift is the same. `against` is what each
     output is held against. `read` are both models with what selecting nodes read among the outputs; None where none selects.
+    On `calibrated`, calibration batches, the same drift is what these promised.
 
     Raises:
         CalibrationError: no held-out batch, none with an element in its outputs, one that ONNX Runtime refuses, or one on
@@ -155,7 +161,13 @@ def record(
             found=f"no element in any of {measured.batches} batches",
             expected="at least one batch that is not empty",
         )
-    return Recorded(probes=tuple(probes), drift=measured, kernels=_kernels(int8, probes[0].inputs, session))
+    promised = drift.total((look(batch, number) for number, batch in enumerate(calibrated)), against=against)
+    return Recorded(
+        probes=tuple(probes),
+        drift=measured,
+        promised_db=promised.drift().worst_snr_db,
+        kernels=_kernels(int8, probes[0].inputs, session),
+    )
 
 
 def require_place(given: str | Path) -> Path:

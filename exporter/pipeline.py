@@ -210,14 +210,17 @@ def _export(
     fp32, shipped = graph.to_bytes(prepared.reference), graph.to_bytes(graph.with_defaults(int8, spare))
     watch = collect.watch(prepared.model, plan, found)
     unseen = tell.each(watch.through(split.heldout()), "measure drift", split.total_heldout, samples)
-    unseen = ({name: value for name, value in batch.items() if name not in spare} for batch in unseen)
+    seen, unseen = (
+        ({name: value for name, value in batch.items() if name not in spare} for batch in some)
+        for some in (few, unseen)
+    )
     read = None
     if graph.selections(prepared.model)[0]:
         real, whole = (graph.with_read(graph.with_defaults(each, spare)) for each in (prepared.model, int8))
         read = graph.to_bytes(real), graph.to_bytes(whole)
     looked, against = read or (fp32, shipped), against | inner
     elsewhere = partial(cluster.total, there, *looked, cpu.session, against=against) if there is not None else None
-    recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere, against, read)
+    recorded = bundle.record(fp32, shipped, unseen, cpu.session, recipe.probe, elsewhere, against, read, tuple(seen))
 
     tell.stage("write the phone's file, and prove that it is the same model" if ort else "write the report")
     models = bundle.models(fp32, shipped, recorded.probes, cpu, ort=ort)

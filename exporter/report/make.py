@@ -74,7 +74,7 @@ def make(
     ships = max(weights.size(models.int8), ort_bytes or 0)  # a device may take either
     on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
     asked = gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None)
-    promised_db = min(better.found.chosen.snr_db, recipe.search.aim_snr_db)
+    promised_db = min(recorded.promised_db, recipe.search.aim_snr_db)
     lines = (*asked, *_unvaried(split.alike), *_uncovered(enough, recorded.drift, promised_db))
     return Report(
         name=source.name,
