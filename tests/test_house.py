@@ -28,7 +28,7 @@ OWN_TERMINAL = {"cli", "terminal", "views"}
 EXPORTERS = {
     "runtime", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "networkx", "pydantic", "jinja2",
     "tomlkit", "optimum", "transformers", "flatbuffers", "dask", "distributed", "fsspec", "tokenizers", "pyarrow",
-    "pydantic_core",
+    "pydantic_core", "safetensors",
 }  # fmt: skip
 
 # the picture of ARCHITECTURE.md: what every stage may use, the stages in their order, and what stands above them
@@ -86,6 +86,7 @@ STAGES = (
     "bundle",
     "report",
     "pipeline",
+    "causal",
     "given",
     "terminal",
     "views",
