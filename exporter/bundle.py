@@ -25,8 +25,8 @@ from runtime import drift
 from runtime import files as places
 from runtime import manifest as manifests
 from runtime.bundle import Bundle, verify
-from runtime.drift import NOTHING_KNOWN, Drift, Ground, Totals
-from runtime.errors import BundleError
+from runtime.drift import NO_BATCH, NOTHING_KNOWN, Drift, Ground, Totals, Worst
+from runtime.errors import BundleError, PacklightError
 from runtime.kernels import Kernels, trace
 from runtime.manifest import Manifest
 from runtime.probe import Probe, write_probe
@@ -51,6 +51,7 @@ EXACT = frozenset(
     }
 )
 # These add a float bias behind their integer product, in one instruction or two; an LSTM has exponentials, too
+Finish = Callable[[Path, Manifest], tuple[Manifest, Mapping[str, bytes]]]
 ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
 
 
@@ -58,10 +59,13 @@ ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "Dyna
 class Recorded:
     """Held-out drift of the int8 graph, the batches that travel as the probe, and the kernels that ran.
 
+    numbers: which of the held-out batches the probes are; hardest: the one with the smallest SNR (`drift.batch_snr_db`).
     promised_db: the worst SNR on calibration batches, as `Drift.worst_snr_db`; inf where none was given.
     """
 
     probes: tuple[Probe, ...]
+    numbers: tuple[int, ...]
+    hardest: int
     drift: Drift
     promised_db: float
     kernels: Kernels
@@ -115,8 +119,9 @@ def record(
 ) -> Recorded:
     """Run both models on held-out batches.
 
-    Drift is over all of them; the probe is the first `limits.batches` that fit `limits.max_bytes`, and one in any case.
-    A batch whose outputs hold no element does not go into the probe: it would prove nothing, there or on a device.
+    Drift is over all of them; the probe is the first that fit `limits`, the last of them replaced by the batch with the smallest
+    SNR of all where that is not among them, and one in any case. A batch whose outputs hold no element does not go into the probe:
+    it would prove nothing, there or on a device.
     `elsewhere` takes the batches behind the probe, and the number of the first; the drift is the same. `against` is what each
     output is held against. `read` are both models with what selecting nodes read among the outputs; None where none selects.
     On `calibrated`, calibration batches, the same drift is what these promised.
@@ -125,25 +130,29 @@ def record(
         CalibrationError: no held-out batch, none with an element in its outputs, one that ONNX Runtime refuses, or one on
             which the FP32 model gives NaN or infinity.
     """
-    probes: list[Probe] = []
-    size = 0
+    first: dict[int, Probe] = {}
+    worst, hardest, room = NO_BATCH, None, True
     stream = enumerate(batches)
     run = heldout.runner(fp32, int8, session)
-
     look = run if read is None else heldout.runner(*read, session)
 
     def outputs() -> Iterator[tuple[Batch, Batch]]:
-        nonlocal size
+        nonlocal worst, hardest, room
         for number, batch in stream:
-            wanted, got = run(batch, number)
-            bytes_here = sum(array.nbytes for arrays in (batch, wanted, got) for array in arrays.values())
-            empty = not any(array.size for array in wanted.values())
-            if not empty and (not probes or (len(probes) < limits.batches and size + bytes_here <= limits.max_bytes)):
-                probes.append(Probe(inputs=batch, fp32=wanted, int8=got))
-                size += bytes_here
-            yield (wanted, got) if read is None else look(batch, number)
-            if elsewhere is not None and (len(probes) == limits.batches or size >= limits.max_bytes):
+            probe = _probe(batch, number)
+            shown = (probe.fp32, probe.int8) if read is None else look(batch, number)
+            room = room and _fit([*first.values(), probe], limits)
+            if room and not _is_empty(probe):
+                first[number] = probe
+            if (found := Worst(drift.batch_snr_db(*shown), number)).place() < worst.place():
+                worst, hardest = found, probe
+            yield shown
+            if elsewhere is not None and not room:
                 return
+
+    def _probe(batch: Batch, number: int) -> Probe:
+        wanted, got = run(batch, number)
+        return Probe(inputs=batch, fp32=wanted, int8=got)
 
     totals = drift.total(outputs(), against=against)
     if elsewhere is not None and totals.batches:
@@ -154,6 +163,10 @@ def record(
             expected="at least one",
             do="give held-out batches of their own, or more calibration batches to split",
         )
+    if totals.worst.place() < worst.place() and (inputs := totals.worst.inputs) is not None:
+        worst = totals.worst
+        hardest = _probe(inputs, worst.number)
+    probes = _with(worst.number, hardest, first, limits)
     measured = totals.drift()
     if not probes:
         raise CalibrationError(
@@ -163,11 +176,37 @@ def record(
         )
     promised = drift.total((look(batch, number) for number, batch in enumerate(calibrated)), against=against)
     return Recorded(
-        probes=tuple(probes),
+        probes=tuple(probes.values()),
+        numbers=tuple(probes),
+        hardest=worst.number,
         drift=measured,
         promised_db=promised.drift().worst_snr_db,
-        kernels=_kernels(int8, probes[0].inputs, session),
+        kernels=_kernels(int8, next(iter(probes.values())).inputs, session),
     )
+
+
+def _is_empty(probe: Probe) -> bool:
+    return not any(array.size for array in probe.fp32.values())
+
+
+def _fit(probes: Sequence[Probe], limits: ProbeLimits) -> bool:
+    """Whether they may travel together: one always may."""
+    return len(probes) <= 1 or (len(probes) <= limits.batches and _bytes(probes) <= limits.max_bytes)
+
+
+def _bytes(probes: Sequence[Probe]) -> int:
+    arrays = (array for probe in probes for named in (probe.inputs, probe.fp32, probe.int8) for array in named.values())
+    return sum(array.nbytes for array in arrays)
+
+
+def _with(number: int, hardest: Probe | None, first: Mapping[int, Probe], limits: ProbeLimits) -> dict[int, Probe]:
+    """The first probes, and the hardest in the place of as many of the last as its bytes need; not one that is too large alone."""
+    kept = dict(first)
+    if hardest is None or number in first or _is_empty(hardest) or (first and _bytes([hardest]) > limits.max_bytes):
+        return kept
+    while kept and not _fit([*kept.values(), hardest], limits):
+        kept.popitem()
+    return {**kept, number: hardest}
 
 
 def require_place(given: str | Path) -> Path:
@@ -204,7 +243,9 @@ def _holds_a_bundle(folder: Path) -> bool:
     return {entry.name for entry in folder.iterdir()} <= {manifests.MANIFEST, *listed}
 
 
-def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping[str, bytes]) -> Manifest:
+def write(
+    out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping[str, bytes], finish: Finish | None = None
+) -> Manifest:
     """Write a bundle: every file, then the manifest that lists them; load it as a device would; move it into place.
 
     Args:
@@ -212,21 +253,21 @@ def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping
         manifest: all but `files`, which is filled in here.
         probes: what goes into probe.npz.
         files: {name: content} of the others.
+        finish: asked what the bundle that lies in a folder is worth, before it is put in place: the manifest as it shall be, and
+            files that say so, too.
 
     Raises:
-        BundleError: the disk is full or not writable, or the runtime cannot load what was made; nothing is left behind,
-            and an old bundle stays.
+        BundleError: the disk is full or not writable, or the runtime cannot load what was made, or read its probe and run it;
+            nothing is left behind, and an old bundle stays. So it is where `finish` raises.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _staging(out) as folder:
             write_probe(folder / manifests.PROBE, probes)
-            for name, content in files.items():
-                weights.write(content, folder / name)
-            listed = {each.name: manifests.digest(each) for each in sorted(folder.iterdir())}
-            complete = replace(manifest, files=listed)
-            (folder / manifests.MANIFEST).write_text(manifests.dumps(complete), encoding="utf-8")
-            _require_loadable(folder, out)
+            complete = _listed(folder, manifest, files)
+            _require_runs(folder, out)
+            if finish is not None:
+                complete = _listed(folder, *finish(folder, complete))
             require_place(out)  # again: minutes have passed
             _move(folder, out)
             return complete
@@ -235,6 +276,17 @@ def write(out: Path, manifest: Manifest, probes: Iterable[Probe], files: Mapping
             str(out), path=str(out), found=places.said(error), expected="a folder that can be written",
             do=places.remedy(error, "--out"),
         ) from error  # fmt: skip
+
+
+def _listed(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """The manifest that lists what is in the folder and these files, written with them; what it listed is not hashed again."""
+    for name, content in files.items():
+        weights.write(content, folder / name)
+    known = {name: file for name, file in manifest.files.items() if name not in files}
+    found = sorted(each for each in folder.iterdir() if each.name != manifests.MANIFEST)
+    complete = replace(manifest, files={each.name: known.get(each.name) or manifests.digest(each) for each in found})
+    (folder / manifests.MANIFEST).write_text(manifests.dumps(complete), encoding="utf-8")
+    return complete
 
 
 @contextmanager
@@ -248,10 +300,14 @@ def _staging(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _require_loadable(folder: Path, out: Path) -> None:
+def _require_runs(folder: Path, out: Path) -> None:
+    """Refuse a bundle whose model or probe a device could not open, or whose model does not run on its own probe."""
     try:
-        Bundle(folder, verify(folder), threads=THREADS)  # without load's warning, which would name this hidden folder
-    except BundleError as error:
+        bundle = Bundle(
+            folder, verify(folder), threads=THREADS
+        )  # without load's warning, which would name this hidden folder
+        bundle.run(bundle.probes()[0].inputs)
+    except PacklightError as error:
         raise BundleError(
             f"{out}: not written, for the runtime could not load it",
             path=str(out),

@@ -48,6 +48,7 @@ from exporter.recipe import Recipe, require_own_text
 from exporter.report import Report
 from exporter.source import Source
 from exporter.split import Split
+from runtime.manifest import Manifest
 
 
 def export(
@@ -258,9 +259,19 @@ def _export(
     )
 
     tell.stage("write the bundle, load it, time it")
-    files = report.files(made, recipe, plan, corrected.ranges, better.costs, models)
-    bundle.write(out, report.manifest(made, recipe, prepared, cpu, corrected, recorded), recorded.probes, files)
-    return report.timed(made, out, recipe, drops, evaluate, better.found)
+    timed: Report | None = None
+
+    def judge(folder: Path, complete: Manifest) -> tuple[Manifest, Mapping[str, bytes]]:
+        nonlocal timed
+        timed = report.timed(made, folder, recipe, drops, evaluate, better.found)
+        lasting = report.lasting(made, timed)
+        return replace(complete, verdict=report.verdict(lasting, recorded)), report.pages(lasting, plan)
+
+    files = report.files(recipe, plan, corrected.ranges, better.costs, models)
+    about = report.manifest(made, recipe, prepared, cpu, corrected, recorded)
+    bundle.write(out, about, recorded.probes, files, judge)
+    assert timed is not None
+    return timed
 
 
 def _given(evaluate: Evaluate, defaults: Batch) -> Evaluate:

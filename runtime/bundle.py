@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -209,6 +209,28 @@ class Bundle:
             "inputs", name=name, found=type(inputs).__name__, expected="a dict {name: array}",
             do=f"call run({{{line}}}) with arrays",
         )  # fmt: skip
+
+    def reference(self) -> Callable[[Mapping[str, Array]], dict[str, Array]] | None:
+        """A function that runs the FP32 model, opened here; None where the bundle is without it.
+
+        Raises:
+            BundleError: ONNX Runtime refuses it, or its inputs and outputs are not the manifest's. The function: PacklightError,
+                where ONNX Runtime fails.
+        """
+        model = self.path / manifests.FP32
+        if not model.exists():
+            return None
+        session = open_session(model, threads=self.threads)
+        _agree(model, "input", session.get_inputs(), self.manifest.inputs)
+        _agree(model, "output", session.get_outputs(), self.manifest.outputs)
+
+        def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+            try:
+                return dict(zip(self._outputs, session.run(self._outputs, dict(inputs)), strict=True))
+            except ORT_ERRORS as error:
+                raise PacklightError(f"{model}: ONNX Runtime failed while running", found=str(error)[:300]) from error
+
+        return run
 
     def probes(self) -> tuple[Probe, ...]:
         """The recorded batches, their tensors in the manifest's order.

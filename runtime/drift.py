@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from runtime import sets
 from runtime.errors import PacklightError
+from runtime.exact import Exact
 from runtime.judged import Judged, Part
 
 if TYPE_CHECKING:
@@ -205,6 +207,18 @@ def total(
     return Totals(sums=sums, batches=batches)
 
 
+def batch_snr_db(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> float:
+    """SNR in dB of the worst output of real numbers of one batch; inf where there is none, or where sizes differ."""
+    found = [math.inf]
+    for name, r in ((name, np.asarray(each)) for name, each in reference.items()):
+        c = np.asarray(candidate[name])
+        if r.shape == c.shape and np.issubdtype(r.dtype, np.floating):
+            with np.errstate(invalid="ignore", over="ignore"):
+                sums = [(np.square(a).sum(), np.square(a - b).sum()) for a, b in _blocks(r, c)]
+            found.append(_snr_db(*(float(sum(each)) for each in zip(*sums, strict=True))) if sums else math.inf)
+    return min(found)
+
+
 def merge(first: Totals, second: Totals) -> Totals:
     """The totals of both. Exact: shards of the batches, merged in any order, give the bits of one pass."""
     if not first.batches or not second.batches:
@@ -214,55 +228,42 @@ def merge(first: Totals, second: Totals) -> Totals:
     return Totals(
         sums={name: one.merged(second.sums[name]) for name, one in first.sums.items()},
         batches=first.batches + second.batches,
+        worst=min(first.worst, second.worst, key=Worst.place),
     )
+
+
+class Worst(NamedTuple):
+    """The batch with the smallest SNR (`batch_snr_db`), the first of equals: its number, and its inputs where they are at hand."""
+
+    snr_db: float
+    number: int
+    inputs: Mapping[str, Array] | None = None
+
+    def place(self) -> tuple[float, int]:
+        """What batches are ordered by."""
+        return self.snr_db, self.number
+
+
+NO_BATCH = Worst(math.inf, sys.maxsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Sums over some batches, of each output."""
+    """Sums over some batches, of each output; and the worst batch, where somebody looked for it."""
 
     sums: Mapping[str, _Sums]
     batches: int
+    worst: Worst = NO_BATCH
 
     def drift(self) -> Drift:
         return Drift(outputs=tuple(one.result(name) for name, one in self.sums.items()), batches=self.batches)
-
-
-class _Exact:
-    """A sum of float64 that is rounded once, when it is read, so that the order of what is added does not matter.
-
-    Every finite float64 is a whole number of 2^-1074, the smallest one; Python's integers have no end.
-    """
-
-    UNIT = 1 << 1074
-
-    def __init__(self, whole: int = 0, other: float = 0.0) -> None:
-        self.whole, self.other = whole, other
-
-    def add(self, term: float) -> None:
-        if math.isfinite(term):
-            above, below = term.as_integer_ratio()
-            self.whole += above * (self.UNIT // below)
-        else:
-            self.other += term
-
-    def merged(self, second: _Exact) -> _Exact:
-        return _Exact(self.whole + second.whole, self.other + second.other)
-
-    def value(self) -> float:
-        if self.other != 0.0:  # inf or NaN
-            return self.other
-        try:
-            return self.whole / self.UNIT
-        except OverflowError:
-            return math.inf if self.whole > 0 else -math.inf
 
 
 class _Sums:
     """What one output needs to remember of the batches it has seen."""
 
     def __init__(self, ground: Ground | None = None) -> None:
-        self.rr, self.cc, self.rc, self.ee, self.abs_sum = _Exact(), _Exact(), _Exact(), _Exact(), _Exact()
+        self.rr, self.cc, self.rc, self.ee, self.abs_sum = Exact(), Exact(), Exact(), Exact(), Exact()
         self.abs_max = 0.0
         self.elements = self.rows = self.same_rows = 0
         self.same = self.elsewhere = 0
@@ -352,7 +353,7 @@ class _PartSums:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.rr, self.vv, self.ee = _Exact(), _Exact(), _Exact()
+        self.rr, self.vv, self.ee = Exact(), Exact(), Exact()
         self.elements = 0
         self.is_known = part.varying_rms is not None
 

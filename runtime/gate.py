@@ -14,6 +14,7 @@ from runtime import manifest as manifests
 from runtime.bundle import Bundle, require_opened, risk
 from runtime.drift import Drift, OutputDrift, PartDrift
 from runtime.errors import DriftExceeded, PacklightError
+from runtime.exported import Exported, Line, is_ceiling, number
 from runtime.judged import Judged
 from runtime.kernels import kernels
 from runtime.manifest import Budget, Machine, canonical
@@ -32,27 +33,11 @@ SAME_LIMIT, SAME_OF_SET = 0.9, 0.5
 LOST_DB = 6.0
 # Two orders of summation in float32 agree to more than this (exporter/proof.py holds graphs to less)
 FLOAT_NOISE_DB = 100.0
+# Two CPUs that run one float graph agree to more (exporter/proof.py holds two exports of a model to it)
+SAME_MODEL_DB = 60.0
+OTHER_MODEL = "the probe's FP32 outputs are not those of model.fp32.onnx"
 # The same file with the integer kernels left out: what is between DequantizeLinear and QuantizeLinear runs in float
 IN_FLOAT = {"session.disable_quant_qdq": "1"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One limit held against what was found: `what` is the metric and its output, as in "snr_db logits".
-
-    cause: what a reader should know where it is not met.
-    """
-
-    what: str
-    found: float
-    limit: float
-    met: bool
-    cause: str = ""
-
-    def __str__(self) -> str:
-        side = "at most" if _is_ceiling(self.what) else "at least"
-        cause = f", {self.cause}" if self.cause and not self.met else ""
-        return f"{self.what}: {number(self.found)} ({side} {number(self.limit)}){cause}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +114,8 @@ def check(bundle: Bundle, min_integer_macs: float | None = None) -> Verdict:
     least = max(min_integer_macs or 0.0, about.budget.min_integer_macs or 0.0) or None
     asked = replace(about.budget, min_integer_macs=least)
     lines = (
+        *_exported(about.verdict),
+        *_reference(bundle, probes),
         *limits(asked, drift, integer_macs, _size(bundle), _ram(bundle)),
         *(line(f"device_q {name}", value, Q_LIMIT) for name, value in q.items() if name in floats),
         *(
@@ -310,11 +297,6 @@ def errors(verdict: Verdict) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def number(value: float) -> str:
-    """Six digits, or all of them where they are bytes: a size as a power of ten cannot be read."""
-    return f"{value:.6g}" if abs(value) < 1e6 or math.isinf(value) else f"{value:,.0f}"
-
-
 def here(verdict: Verdict) -> str:
     """Where a verdict is from: the CPU, its flags that matter, the version of ONNX Runtime."""
     cpu = verdict.cpu
@@ -338,18 +320,34 @@ def device_text(verdict: Verdict) -> str:
 
 def line(what: str, found: float, limit: float, cause: str = "") -> Line:
     """One number against one limit: at most it for a `max_...` and a `device_q`, at least it for all others."""
-    met = found <= limit if _is_ceiling(what) else found >= limit
+    met = found <= limit if is_ceiling(what) else found >= limit
     return Line(what=what, found=found, limit=limit, met=met, cause=cause)
-
-
-def _is_ceiling(what: str) -> bool:
-    return what.startswith(("max_", "device_q"))
 
 
 def _between(
     reference: Sequence[Mapping[str, Array]], candidate: Sequence[Mapping[str, Array]], judged: Mapping[str, Judged]
 ) -> Drift:
     return drifts.measure(zip(reference, candidate, strict=True), drifts.grounds(judged))
+
+
+def _exported(verdict: Exported | None) -> Iterator[Line]:
+    """One line: whether the export met its budget, and what it did not meet."""
+    if verdict is not None:
+        unmet = "; ".join(str(each) for each in verdict.lines if not each.met)
+        yield line("exported", float(verdict.met), 1.0, unmet)
+
+
+def _reference(bundle: Bundle, probes: Sequence[Probe]) -> Iterator[Line]:
+    """Whether the FP32 model beside the int8 one is what the probe was recorded with; nothing where a device has left it off."""
+    if (run := bundle.reference()) is None:
+        return
+    here = [run(probe.inputs) for probe in probes]
+    for output in _between([probe.fp32 for probe in probes], here, bundle.manifest.judged).outputs:
+        if output.by == "reals":
+            yield line(f"reference {output.name}", output.snr_db, SAME_MODEL_DB, OTHER_MODEL)
+        else:
+            share = output.equal if output.by == "equal" else output.matched
+            yield line(f"reference {output.name}", share or 0.0, SAME_LIMIT, OTHER_MODEL)
 
 
 def _same(device: OutputDrift, quantization: OutputDrift) -> Line:
@@ -409,6 +407,8 @@ def _ram(bundle: Bundle) -> int | None:
 
 
 def _notes(bundle: Bundle, here: Cpu) -> Iterator[str]:
+    if bundle.manifest.verdict is None:
+        yield "the manifest does not say whether the export met its budget: export again"
     if saturates := risk(bundle.manifest, here.pairs_in_int16):
         yield saturates
     made = bundle.manifest.versions.get("onnxruntime", "")

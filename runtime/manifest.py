@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 
 from runtime.errors import BundleError
+from runtime.exported import Exported
+from runtime.exported import read as _exported
 from runtime.judged import Judged
 from runtime.judged import read as _judged
 from runtime.preprocess import Preprocessing
@@ -25,7 +27,8 @@ from runtime.preprocess import read as _preprocessing
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # 1 says nothing of the export's verdict
 MANIFEST, INT8, FP32, PROBE = "manifest.json", "model.int8.onnx", "model.fp32.onnx", "probe.npz"
 ORT, OPERATORS = "model.int8.ort", "required_operators_and_types.config"
 DATA = ".data"  # behind a model's name: the file with its large weights, which protobuf could not hold
@@ -100,6 +103,7 @@ class Manifest:
     pair_rule: the int8 weights keep the pair rule, under which no x86 kernel since AVX2 saturates.
     exact_on: machines on which the int8 outputs are those of the probe bit for bit.
     judged: {output: how it is compared}; one that is not listed is compared by its kind of number, as a whole.
+    verdict: what the export measured and judged; None where it is not known.
     """
 
     format: int = FORMAT
@@ -115,6 +119,7 @@ class Manifest:
     budget: Budget = field(default_factory=Budget)
     judged: Mapping[str, Judged] = field(default_factory=lambda: MappingProxyType({}))
     preprocessing: Preprocessing | None = None
+    verdict: Exported | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -220,6 +225,8 @@ def _manifest(value: object, at: _Place) -> Manifest:
             expected=f"{FORMAT} or less",
             do="made by a newer packlight; upgrade packlight on this machine",
         )
+    if isinstance(value, dict) and value.get("format") == 1:
+        value = {"verdict": None, **value}
     table = _table(value, at, Manifest)
     found = Manifest(
         format=_format(table["format"], at.key("format")),
@@ -235,6 +242,7 @@ def _manifest(value: object, at: _Place) -> Manifest:
         budget=_budget(table["budget"], at.key("budget")),
         judged=_mapping(table["judged"], at.key("judged"), _judged),
         preprocessing=_preprocessing(table["preprocessing"], at.key("preprocessing")),
+        verdict=_exported(table["verdict"], at.key("verdict")),
         versions=_mapping(table["versions"], at.key("versions"), _text),
     )
     for name in found.judged.keys() - {tensor.name for tensor in found.outputs}:
@@ -268,9 +276,9 @@ def _mapping(value: object, at: _Place, read: Callable[[object, _Place], T]) -> 
 
 
 def _format(value: object, at: _Place) -> int:
-    if not _is_int(value) or value != FORMAT:
-        at.refuse(found=str(value), expected=str(FORMAT))
-    return FORMAT
+    if not _is_int(value) or value not in READABLE:
+        at.refuse(found=str(value), expected=" or ".join(map(str, READABLE)))
+    return value
 
 
 def _text(value: object, at: _Place) -> str:

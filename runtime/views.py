@@ -14,7 +14,8 @@ from rich.text import Text
 
 from runtime.bench import Timing
 from runtime.explain import Explanation
-from runtime.gate import Verdict, coverage, device_text, errors, here, number, numbers
+from runtime.exported import number
+from runtime.gate import Verdict, coverage, device_text, errors, here, numbers
 from runtime.manifest import canonical
 
 if TYPE_CHECKING:

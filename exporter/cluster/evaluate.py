@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from exporter import heldout
 from exporter.batches import Batch, digest
 from exporter.calibrate.fold import fold
-from exporter.calibrate.memory import cut_chunks
+from exporter.calibrate.memory import Chunk, cut_chunks
 from exporter.cluster.connection import Cluster
 from exporter.cluster.tasks import grouped
+from exporter.heldout import Outputs
 from runtime import drift
 from runtime import manifest as manifests
 from runtime.bundle import verify
-from runtime.drift import NOTHING_KNOWN, Drift, Ground, Totals, grounds
+from runtime.drift import NO_BATCH, NOTHING_KNOWN, Drift, Ground, Totals, Worst, grounds
 from runtime.errors import PacklightError
 
 
@@ -68,16 +69,36 @@ def total(
         fp32=fp32, int8=int8, entries=tuple(sorted(entries.items())), against=against, against_digest=_digest(against)
     )
     groups = grouped(cluster, asked, _comparer, drift.merge, cut_chunks(batches, first))
-    found = fold((totals for totals, _ in groups), drift.merge)
+    found = fold((_with_inputs(totals, chunks) for totals, chunks in groups), drift.merge)
     return drift.total([]) if found is None else found
+
+
+def _with_inputs(totals: Totals, chunks: Sequence[Chunk]) -> Totals:
+    """The totals, with the worst batch itself."""
+    number = totals.worst.number
+    inputs = next(
+        (each.batches[number - each.start] for each in chunks if 0 <= number - each.start < len(each.batches)), None
+    )
+    return replace(totals, worst=totals.worst._replace(inputs=inputs))
 
 
 def _comparer(pair: _Pair) -> Callable[[Sequence[Batch], int], Totals]:
     """On a worker."""
     run = heldout.runner(pair.fp32, pair.int8, dict(pair.entries))
-    return lambda batches, start: drift.total(
-        (run(batch, start + n) for n, batch in enumerate(batches)), start, pair.against
-    )
+
+    def compare(batches: Sequence[Batch], start: int) -> Totals:
+        worst = NO_BATCH
+
+        def outputs() -> Iterator[tuple[Outputs, Outputs]]:
+            nonlocal worst
+            for number, batch in enumerate(batches, start):
+                wanted, got = run(batch, number)
+                worst = min(worst, Worst(drift.batch_snr_db(wanted, got), number), key=Worst.place)
+                yield wanted, got
+
+        return replace(drift.total(outputs(), start, pair.against), worst=worst)
+
+    return compare
 
 
 def _digest(against: Mapping[str, Ground]) -> str:

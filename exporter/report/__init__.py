@@ -1,6 +1,6 @@
 """One Report value, and text, JSON and HTML views of it."""
 
-from exporter.report.make import files, make, manifest, timed
+from exporter.report.make import files, lasting, make, manifest, pages, timed, verdict
 from exporter.report.value import FloatLayer, KernelCount, Report
 
-__all__ = ["FloatLayer", "KernelCount", "Report", "files", "make", "manifest", "timed"]
+__all__ = ["FloatLayer", "KernelCount", "Report", "files", "lasting", "make", "manifest", "pages", "timed", "verdict"]

@@ -10,6 +10,7 @@ import jinja2
 from exporter import optional
 from exporter.calibrate.enough import WORSE
 from exporter.place import Plan
+from runtime.exported import number
 
 if TYPE_CHECKING:
     from exporter.report.value import Report
@@ -24,7 +25,7 @@ def render(report: Report, plan: Plan) -> str:
     """Asked, decided (every node with its reason), measured; the report's text alone where the page cannot be made."""
 
     def rendered() -> str:
-        return _ENVIRONMENT.get_template("report.html").render(report=report, plan=plan, worse=WORSE)
+        return _ENVIRONMENT.get_template("report.html").render(report=report, plan=plan, worse=WORSE, number=number)
 
     page = optional.attempt(rendered, "")
     if not page.why:

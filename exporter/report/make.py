@@ -38,7 +38,7 @@ from runtime.bench import CPU_SECONDS, measure
 from runtime.bundle import load
 from runtime.drift import Drift, OutputDrift
 from runtime.explain import ADDED
-from runtime.gate import Line
+from runtime.exported import Exported, Line, Measured
 from runtime.judged import Judged
 from runtime.kernels import Kernel
 from runtime.manifest import Budget, Machine, Manifest
@@ -125,7 +125,7 @@ def make(
 def manifest(
     report: Report, recipe: Recipe, prepared: Prepared, target: Target, corrected: Corrected, recorded: Recorded
 ) -> Manifest:
-    """The manifest, but for `files`."""
+    """The manifest, but for `files` and `verdict`."""
     shipped = {output.name for output in prepared.reference.graph.outputs}
     return Manifest(
         name=report.name,
@@ -141,6 +141,21 @@ def manifest(
         judged={output.name: _judged(output) for output in recorded.drift.outputs if output.name in shipped},
         preprocessing=data.preprocessing(recipes.data(recipe), graph.inputs(prepared.reference)),
         versions=_versions(),
+    )
+
+
+def verdict(report: Report, recorded: Recorded) -> Exported:
+    """What travels of the export's verdict: of a `lasting` report, without what only that machine and moment can tell."""
+    return Exported(
+        met=report.met,
+        lines=report.lines,
+        batches=report.drift.batches,
+        outputs={
+            output.name: Measured(**{field.name: getattr(output, field.name) for field in fields(Measured)})
+            for output in report.drift.outputs
+        },
+        probe=recorded.numbers,
+        hardest=recorded.hardest,
     )
 
 
@@ -201,8 +216,8 @@ def _exact_on(corrected: Corrected, recorded: Recorded) -> tuple[str, ...]:
     return (here,) if recorded.exact and (corrected.pair_rule or here != "x86_64") else ()
 
 
-def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, costs: Costs, models: Models) -> dict[str, bytes]:
-    """{file: content} of a bundle, but for probe.npz and manifest.json."""
+def files(recipe: Recipe, plan: Plan, ranges: Ranges, costs: Costs, models: Models) -> dict[str, bytes]:
+    """{file: content} of a bundle, but for probe.npz, manifest.json and the report."""
     phone = models.phone
     for_phones = {} if phone is None else {manifests.ORT: phone.ort, manifests.OPERATORS: phone.operators.encode()}
     return {
@@ -213,9 +228,12 @@ def files(report: Report, recipe: Recipe, plan: Plan, ranges: Ranges, costs: Cos
         "plan.txt": plan.to_text().encode(),
         "ranges.json": ranges.to_json().encode(),
         "costs.json": costs.to_json().encode(),
-        "report.json": report.to_json().encode(),
-        "report.html": html.render(report, plan).encode(),
     }
+
+
+def pages(report: Report, plan: Plan) -> dict[str, bytes]:
+    """{file: content} of the report's two forms in a bundle."""
+    return {"report.json": report.to_json().encode(), "report.html": html.render(report, plan).encode()}
 
 
 def timed(
@@ -252,6 +270,12 @@ def timed(
         lines=tuple(lines),
         met=met,
     )
+
+
+def lasting(report: Report, timed: Report) -> Report:
+    """The report as the bundle has it: what `timed` judged, without the times, memory and metrics by which it did."""
+    here = (replace(line, found=None) for line in timed.lines[len(report.lines) :])
+    return replace(report, lines=(*report.lines, *here), met=timed.met)
 
 
 def _scores(out: Path, evaluate: Evaluate) -> dict[str, tuple[float, float]]:

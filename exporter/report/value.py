@@ -13,7 +13,7 @@ from exporter.search import Point, frontier
 from exporter.shrink import Stored
 from runtime.bench import Timing
 from runtime.drift import Drift
-from runtime.gate import Line
+from runtime.exported import Line
 from runtime.manifest import canonical
 
 

@@ -50,6 +50,7 @@ export async function check(ort, bundle, { collect, say = () => {} }) {
   );
   const integer = integerMacs(kernels);
   const lines = [
+    ...exported(manifest.verdict),
     ...limits(manifest.budget, drift, integer, bundle.model.length),
     ...Object.entries(q)
       .filter(([name]) => drift.outputs.find((output) => output.name === name).by === 'reals')
@@ -207,6 +208,20 @@ function limits(budget, drift, integer, sizeBytes) {
     }
   }
   return lines;
+}
+
+/** One line: whether the export met its budget, and what it did not meet. */
+function exported(verdict) {
+  if (verdict === null) return [];
+  const cause = verdict.lines.filter((line) => !line.met).map(said).join('; ');
+  return [{ ...floor('exported', Number(verdict.met), 1), cause }];
+}
+
+/** A line in words. */
+function said({ what, found, limit, cause }) {
+  const side = /^(max_|device_q)/.test(what) ? 'at most' : 'at least';
+  const number = found === null ? 'as measured at export' : Number.isFinite(found) ? Number(found.toPrecision(6)) : found > 0 ? 'inf' : '-inf';
+  return `${what}: ${number} (${side} ${Number(limit.toPrecision(6))})${cause && `, ${cause}`}`;
 }
 
 /** Integers and sets here against those recorded: one element may always be another. */

@@ -2,7 +2,7 @@
 
 import { Refusal } from './refusal.mjs';
 
-export const FORMAT = 1;
+export const FORMAT = 2;
 export const MANIFEST = 'manifest.json';
 export const INT8 = 'model.int8.onnx';
 export const ORT = 'model.int8.ort';
@@ -15,7 +15,7 @@ export const DTYPES = [
 export const KEYS = {
   Manifest: [
     'format', 'name', 'target', 'inputs', 'outputs', 'files', 'pair_rule', 'exact_on', 'recorded_on', 'session', 'budget',
-    'judged', 'preprocessing', 'versions',
+    'judged', 'preprocessing', 'verdict', 'versions',
   ],
   Preprocessing: [
     'input', 'channels', 'resize', 'interpolation', 'crop', 'scale', 'mean', 'std', 'layout', 'dtype',
@@ -25,6 +25,9 @@ export const KEYS = {
   Machine: ['machine', 'flags'],
   Judged: ['by', 'axis', 'batched', 'parts'],
   Part: ['axis', 'runs', 'varying_rms'],
+  Exported: ['met', 'lines', 'batches', 'outputs', 'probe', 'hardest'],
+  Line: ['what', 'found', 'limit', 'met', 'cause'],
+  Measured: ['snr_db', 'varying_db', 'cosine', 'max_abs', 'same_top1', 'equal', 'matched', 'elements'],
   Budget: [
     'min_snr_db', 'min_cosine', 'max_abs', 'min_same_top1', 'min_integer_macs', 'max_size_bytes', 'max_ram_bytes',
   ],
@@ -50,8 +53,9 @@ export function read(bytes) {
   if (Number.isInteger(root?.format) && root.format > FORMAT) {
     refuse('format', root.format, `${FORMAT} or less`, 'made by a newer packlight; set this page up again from it');
   }
+  if (root?.format === 1) root.verdict ??= null; // it says nothing of the export's verdict
   table(root, '', 'Manifest');
-  if (root.format !== FORMAT) refuse('format', root.format, FORMAT);
+  if (![1, FORMAT].includes(root.format)) refuse('format', root.format, `1 or ${FORMAT}`);
   for (const key of ['name', 'target']) text(root[key], key);
   for (const key of ['inputs', 'outputs']) tensors(root[key], key);
   files(root.files);
@@ -71,8 +75,42 @@ export function read(bytes) {
     if (!root.outputs.some((output) => output.name === name)) refuse(`judged.${name}`, 'no output', 'the name of an output');
   }
   if (root.preprocessing !== null) table(root.preprocessing, 'preprocessing', 'Preprocessing');
+  verdict(root.verdict);
   mapping(root.versions, 'versions', text);
   return root;
+}
+
+/** What the export judged: a bundle that failed there fails here. */
+function verdict(value) {
+  if (value === null) return;
+  table(value, 'verdict', 'Exported');
+  const isCount = (each) => Number.isSafeInteger(each) && each >= 0;
+  if (!Array.isArray(value.lines)) refuse('verdict.lines', value.lines, 'a list');
+  value.lines.forEach((line, number) => {
+    const at = `verdict.lines[${number}]`;
+    table(line, at, 'Line');
+    for (const key of ['what', 'cause']) if (typeof line[key] !== 'string') refuse(`${at}.${key}`, line[key], 'a text');
+    if (typeof line.met !== 'boolean') refuse(`${at}.met`, line.met, 'true or false');
+    line.found = real(line.found, `${at}.found`);
+    line.limit = real(line.limit, `${at}.limit`) ?? refuse(`${at}.limit`, null, 'a number');
+  });
+  if (value.met !== value.lines.every((line) => line.met)) {
+    refuse('verdict.met', value.met, 'true where every line is met, else false');
+  }
+  if (!isCount(value.batches)) refuse('verdict.batches', value.batches, 'an integer >= 0');
+  for (const [name, seen] of Object.entries(mapping(value.outputs, 'verdict.outputs', () => {}))) {
+    table(seen, `verdict.outputs.${name}`, 'Measured');
+    for (const key of KEYS.Measured) real(seen[key], `verdict.outputs.${name}.${key}`);
+  }
+  if (!Array.isArray(value.probe) || !value.probe.every(isCount)) refuse('verdict.probe', value.probe, 'numbers of batches');
+  if (value.hardest !== null && !isCount(value.hardest)) refuse('verdict.hardest', value.hardest, 'the number of a batch or null');
+}
+
+/** A number as canonical JSON has it; infinity is a text there. */
+function real(value, place) {
+  if (value === 'inf' || value === '-inf') return value === 'inf' ? Infinity : -Infinity;
+  if (value !== null && !Number.isFinite(value)) refuse(place, value, 'a number, "inf", "-inf" or null');
+  return value;
 }
 
 function judged(value, place) {

@@ -127,7 +127,12 @@ function tables(verdict) {
       'Limits',
       table(
         ['limit', '#found', '#limit is', 'met'],
-        lines.map((line) => [line.what, brief(line.found), `at ${line.at} ${brief(line.limit)}`, line.met ? 'yes' : 'no']),
+        lines.map((line) => [
+          line.what,
+          brief(line.found),
+          `at ${line.at} ${brief(line.limit)}`,
+          line.met ? 'yes' : ['no', line.cause].filter(Boolean).join(': '),
+        ]),
       ),
     ),
     card(

@@ -20,7 +20,7 @@ import pytest
 import exporter
 import runtime
 from exporter import ort_format
-from runtime import cpu, drift, gate, judged, manifest
+from runtime import cpu, drift, exported, gate, judged, manifest
 from runtime.judged import Judged
 from runtime.manifest import Budget, Manifest
 from runtime.probe import Probe, read_probe, write_arrays, write_probe
@@ -220,7 +220,7 @@ def rewrite(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("place", "edit"),
     [
-        ("manifest.json:format", lambda root: root.update(format=2)),
+        ("manifest.json:format", lambda root: root.update(format=3)),
         ("manifest.json:color", lambda root: root.update(color="red")),
         ("manifest.json:pair_rule", lambda root: root.pop("pair_rule")),
         ("manifest.json:inputs[0].dtype", lambda root: root["inputs"][0].update(dtype="complex64")),
@@ -245,6 +245,16 @@ def test_manifest_is_read_as_strictly_as_in_python(
         runtime.load(own).probes()
 
 
+def test_bundle_that_failed_at_export_is_not_met_in_a_page(page: Path, own: Path) -> None:
+    lines = (exported.Line(what="snr_db logits", found=float("-inf"), limit=10.0, met=False, cause="nothing is left"),)
+    change(own, verdict=exported.Exported(met=False, lines=lines, batches=9, outputs={}, probe=(0,), hardest=0))
+    status, found = web.check_in_node(page, own)
+    assert (status, found["verdict"]) == (1, "not met")
+    (line,) = [line for line in found["lines"] if not line["met"]]
+    assert line["what"] == "exported"
+    assert line["cause"] == "snr_db logits: -inf (at least 10), nothing is left"
+
+
 def test_key_that_is_there_twice_is_refused(page: Path, own: Path) -> None:
     file = own / manifest.MANIFEST
     file.write_text(file.read_text().replace('"name": "tiny"', '"name": "t\\"i: ny", "name": "tiny"'))
@@ -254,7 +264,10 @@ def test_key_that_is_there_twice_is_refused(page: Path, own: Path) -> None:
 def test_keys_and_entries_of_the_format_are_those_of_python(page: Path) -> None:
     code = f"import {{KEYS, ENTRIES, DTYPES, FORMAT}} from {json.dumps((page / 'manifest.mjs').as_uri())};"
     found = node(f"{code} console.log(JSON.stringify({{KEYS, ENTRIES, DTYPES, FORMAT}}))")
-    kinds = {name: getattr(manifest, name, None) or getattr(judged, name) for name in found["KEYS"]}
+    kinds = {
+        name: next(getattr(module, name) for module in (manifest, judged, exported) if hasattr(module, name))
+        for name in found["KEYS"]
+    }
     assert found["KEYS"] == {name: [field.name for field in dataclasses.fields(kind)] for name, kind in kinds.items()}
     assert set(found["ENTRIES"]) == manifest.ENTRIES
     assert (set(found["DTYPES"]), found["FORMAT"]) == (manifest.DTYPES, manifest.FORMAT)

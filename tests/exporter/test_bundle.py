@@ -142,6 +142,33 @@ def test_probe_stops_at_its_bytes_but_one_batch_always_goes() -> None:
     assert len(record(*three, limits=Limits(batches=1)).probes) == 1
 
 
+OTHER = (
+    graphs.model("""(float[N,4] x) => (float[N,4] y)
+    <float[4] one = {0.001, 0.001, 0.001, 0.001}> { z = Relu(x) y = Add(z, one) }""")
+)  # an error of one size: small numbers have most
+
+
+def hardest_at(place: int, count: int = 9, limits: Limits | None = None) -> bundle.Recorded:
+    batches = [{"x": np.full((2, 4), 0.01 if n == place else 1 + n, np.float32)} for n in range(count)]
+    relu = graphs.model("(float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
+    return bundle.record(graph.to_bytes(relu), graph.to_bytes(OTHER), iter(batches), {}, limits or Limits())
+
+
+@pytest.mark.parametrize(("place", "kept"), [(0, (0, 1, 2, 3)), (2, (0, 1, 2, 3)), (7, (0, 1, 2, 7))])
+def test_hardest_batch_is_in_the_probe(place: int, kept: tuple[int, ...]) -> None:
+    found = hardest_at(place)
+    assert (found.numbers, found.hardest) == (kept, place)
+    assert [float(probe.inputs["x"][0, 0]) for probe in found.probes] == pytest.approx(
+        [0.01 if n == place else 1 + n for n in kept]
+    )
+
+
+def test_hardest_batch_takes_the_place_of_as_many_as_its_bytes_need() -> None:
+    each = 3 * 2 * 4 * 4
+    assert hardest_at(7, limits=Limits(batches=1)).numbers == (7,)
+    assert hardest_at(7, limits=Limits(batches=4, max_bytes=2 * each)).numbers == (0, 7)
+
+
 def test_no_heldout_batch_is_refused() -> None:
     with pytest.raises(CalibrationError, match="held-out data: no batches that calibration has not seen"):
         record()

@@ -346,9 +346,33 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
     assert not report.met
     verdict = runtime.check(runtime.load(tmp_path / "b"))
     assert [(line.what, line.limit) for line in verdict.lines if not line.met] == [
+        ("exported", 1.0),
         ("snr_db y", 90.0),
         ("varying_db y", 80.0),
     ]
+
+
+def test_limit_on_speed_that_was_not_met_travels_without_the_time(onnx_file: Path, tmp_path: Path) -> None:
+    recipe = limited(VNNI, {"min_speedup": 1e6})
+    report = exporter.export(
+        exporter.from_onnx(onnx_file), recipe, batches(1, 4), batches(2, 6), out=tmp_path / "b", max_evaluations=0
+    )
+    (slow,) = [line for line in report.lines if not line.met]
+    assert slow.what == "speedup" and slow.found is not None and slow.found < 1e6
+    bundle = runtime.load(tmp_path / "b")
+    travels = bundle.manifest.verdict
+    assert travels is not None and not travels.met
+    assert (travels.batches, len(travels.probe), travels.hardest in travels.probe) == (6, 4, True)
+    assert [(line.what, line.found, line.met) for line in travels.lines][-1] == ("speedup", None, False)
+    assert travels.outputs["y"].snr_db == report.drift.outputs[0].snr_db
+    verdict = runtime.check(bundle)
+    assert [str(line) for line in verdict.lines if not line.met] == [
+        "exported: 0 (at least 1), speedup: as measured at export (at least 1,000,000)"
+    ]
+    said = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert (said["met"], said["timing"], said["lines"][-1]["found"]) == (False, None, None)
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert "NOT MET" in page and "as measured at export" in page
 
 
 def transformer(recipe: Recipe, out: Path, max_evaluations: int | None = None) -> Report:

@@ -51,7 +51,7 @@ SMALL_JSON = """{
    "size_bytes": 0
   }
  },
- "format": 1,
+ "format": 2,
  "inputs": [
   {
    "dtype": "float32",
@@ -104,6 +104,7 @@ SMALL_JSON = """{
   "optimization.disable_specified_optimizers": "SkipLayerNormFusion"
  },
  "target": "portable",
+ "verdict": null,
  "versions": {
   "onnxruntime": "1.31.1"
  }
@@ -135,8 +136,8 @@ def test_loading_what_was_written_gives_the_same_value() -> None:
         (("surprise",), 1, "manifest.json:surprise: found an unknown key"),
         (("name",), 3, "manifest.json:name: found an integer"),
         (("name",), "", "manifest.json:name: found an empty string"),
-        (("format",), True, "manifest.json:format: found True, expected 1"),
-        (("format",), 0, "manifest.json:format: found 0, expected 1"),
+        (("format",), True, "manifest.json:format: found True, expected 1 or 2"),
+        (("format",), 0, "manifest.json:format: found 0, expected 1 or 2"),
         (("inputs",), [], "manifest.json:inputs: found an empty list"),
         (("inputs", 0, "dtype"), "object", "manifest.json:inputs[0].dtype: found object"),
         (("inputs", 0, "shape", 1), -1, "manifest.json:inputs[0].shape[1]: found -1"),
@@ -177,8 +178,8 @@ def test_two_inputs_of_one_name_are_refused() -> None:
 
 
 def test_newer_format_is_refused_before_anything_else_is_read() -> None:
-    with pytest.raises(BundleError, match=r"format: found 2, expected 1 or less; made by a newer packlight; upgrade"):
-        manifests.loads('{"format": 2, "a new key": []}', "manifest.json")
+    with pytest.raises(BundleError, match=r"format: found 3, expected 2 or less; made by a newer packlight; upgrade"):
+        manifests.loads('{"format": 3, "a new key": []}', "manifest.json")
 
 
 def test_infinity_is_a_string_that_float_reads_back() -> None:
