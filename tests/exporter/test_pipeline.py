@@ -372,7 +372,7 @@ def test_limit_on_speed_that_was_not_met_travels_without_the_time(onnx_file: Pat
     said = json.loads((tmp_path / "b" / "report.json").read_text())
     assert (said["met"], said["timing"], said["lines"][-1]["found"]) == (False, None, None)
     page = (tmp_path / "b" / "report.html").read_text()
-    assert "NOT MET" in page and "as measured at export" in page
+    assert "Budget NOT met" in page and "as measured at export" in page
 
 
 def transformer(recipe: Recipe, out: Path, max_evaluations: int | None = None) -> Report:
