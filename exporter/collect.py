@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from exporter import accept, calibrate, cluster, optional, quantize
+from exporter import accept, calibrate, cluster, graph, optional, quantize
 from exporter.batches import Array, Batch
-from exporter.calibrate import Ranges, Statistics, auto, cache, enough, methods
+from exporter.calibrate import Ranges, Statistics, auto, cache, enough, methods, statistics
 from exporter.calibrate.auto import Chosen
 from exporter.calibrate.enough import Enough, Watch
 from exporter.calibrate.memory import Memory
@@ -84,6 +84,11 @@ def _collected(
     if by_onnxruntime:
         batches = list(batches)  # read twice; ONNX Runtime keeps far more than these
     found = _observe(model, plan, asked, batches, tell, there)
+    if untold := _untold(model, plan, found):
+        plan, decide = decide(untold, ()), _without(untold, decide)
+        same = {name: found.same[name] for name in plan.tensors}
+        found = replace(found, same=same, tensors={seen: found.tensors[seen] for seen in same.values()})
+        statistics.require_seen(found)
     if by_onnxruntime:
         ranges = quantize.ranges_by_onnxruntime(model, plan.tensors, batches, asked.method, asked.percentile)
         return _accepted(model, plan, calibrate.distinguish(model, ranges), found, kept, decide)
@@ -103,6 +108,21 @@ def _collected(
         return Collected(plan=taken.plan, ranges=given[PLAIN], notes={}, statistics=found, untried=tried.why)
     ranges = chosen.ranges if chosen.changed else given[chosen.best]
     return Collected(plan=taken.plan, ranges=ranges, notes=_notes(model, chosen), statistics=found)
+
+
+def _untold(model: ir.Model, plan: Plan, found: Statistics) -> dict[str, str]:
+    """{int8 node: why it is float} of those that touch a tensor of which no batch showed a value that counts."""
+    why: dict[str, str] = {}
+    int8 = {*plan.int8}
+    for node in model.graph if found.unseen else ():
+        for value in (*graph.activations(node), *node.outputs) if node.name in int8 else ():
+            if value.name in found.unseen:
+                why[node.name or ""] = f"no calibration batch has a value in {value.name} that tells its range"
+    return why
+
+
+def _without(untold: Mapping[str, str], decide: accept.Place) -> accept.Place:
+    return lambda refused, floats: decide({**untold, **refused}, floats)
 
 
 def _accepted(

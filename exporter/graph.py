@@ -72,7 +72,8 @@ def optional(model: ir.Model) -> tuple[Tensor, ...]:
 
 
 # who reads an initializer as a weight of its own, behind its first input
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization", "LayerNormalization")
+RECURRENT = ("LSTM", "GRU", "RNN")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *RECURRENT, "BatchNormalization", "LayerNormalization")
 
 
 def settled(model: ir.Model, given: Collection[str]) -> tuple[ir.Model, dict[str, Array]]:
@@ -98,6 +99,11 @@ def settled(model: ir.Model, given: Collection[str]) -> tuple[ir.Model, dict[str
         else:
             clone.graph.inputs.remove(value)
     return clone, defaults
+
+
+def recurs(model: ir.Model) -> bool:
+    """Whether a layer goes through a sequence by itself: ONNX Runtime's kernels of these end the process on an empty batch."""
+    return any(op(node) in RECURRENT for each in model.graphs() for node in each)
 
 
 def with_defaults(model: ir.Model, defaults: Mapping[str, Array]) -> ir.Model:

@@ -120,7 +120,8 @@ def _export(
     inputs = graph.inputs(traced.model)
     first = data.stream(calibration, inputs, "calibration", asked, skip_bad=skip_bad)
     second = None if heldout is None else data.stream(heldout, inputs, "heldout", asked, skip_bad=skip_bad)
-    split = Split(first, second, inputs, graph.optional(traced.model), loose=traced.exporter == "onnx")
+    loose, filled = traced.exporter == "onnx", graph.recurs(traced.model)
+    split = Split(first, second, inputs, graph.optional(traced.model), loose, filled)
     settled, defaults = graph.settled(graph.renamed_axes(traced.model, split.tensors), split.given)
     split.fill(defaults)
     spare = {name: value for name, value in defaults.items() if name not in split.given}

@@ -32,6 +32,7 @@ class Split:
         tensors, optional: the graph's inputs without and with a default; `given` are those of the latter that the first
             batches have.
         loose: equal names of dimensions are equal sizes only where the data agree (`tensors`): a file's names.
+        filled: batches that are empty in an input in which the first is not are left out.
 
     Raises:
         CalibrationError: no calibration data, nothing to measure drift on, or the first batch of either is not one for
@@ -51,6 +52,7 @@ class Split:
         tensors: Sequence[Tensor],
         optional: Sequence[Tensor] = (),
         loose: bool = False,
+        filled: bool = False,
     ) -> None:
         self.random = any(isinstance(given, str) and given == RANDOM for given in (calibration, heldout))
         # a stream of files knows how many there are, not how many it will skip; a generator knows nothing
@@ -75,6 +77,9 @@ class Split:
         if loose:
             self._stream = _of_one_size(self._stream, self.tensors, "calibration")
             self._heldout = self._heldout and _of_one_size(self._heldout, self.tensors, "heldout")
+        if filled:
+            self._stream = self._with_values_only(self._stream)
+            self._heldout = self._heldout and self._with_values_only(self._heldout)
         if heldout is None:
             self._stream = _enough(self._stream, self.EVERY)
         self.kept: list[Batch] = []
@@ -99,6 +104,14 @@ class Split:
         if any(array.size >= BLANK for array in numbers) and all(map(_of_one_number, numbers)):
             return "every sample is one number"
         return ""
+
+    def _with_values_only(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in stream:
+            if _emptier(batch, self.first):
+                why = "those without values, which recurrent layers cannot run"
+                self._left_out[why] = self._left_out.get(why, 0) + 1
+            else:
+                yield batch
 
     def fill(self, defaults: Batch) -> None:
         """From now on batches have these inputs, and of those with a default no others: by `defaults`, where they have none."""

@@ -36,8 +36,9 @@ from runtime.errors import BundleError
 
 CHUNK = 8  # batches; their inputs are held at once
 WORKERS = 4  # batches under way at once at most: each holds its tensors
-# An attention mask adds -3.4e38 (float32's lowest) or half of it; no activation of a working network is near
-SATURATING = 1e30
+# An attention mask adds -3.4e38 (float32's lowest), half of it, or as much above: at most MASKS such values are a mask, and not
+# numbers of a network
+SATURATING, MASKS = 1e30, 4
 
 Key = tuple[str, int]
 ObserveChunk = Callable[[Sequence[Batch], int], Statistics]
@@ -65,8 +66,8 @@ def observe(
 
         low = min over batches of min(x), high = max over batches of max(x), over the x with |x| < SATURATING
 
-    Shapes may differ from batch to batch, and a tensor may be empty in some. Peak memory is a chunk of batches, and the
-    tensors of the few that are under way.
+    Where more than MASKS different values reach SATURATING they are numbers, and count. Shapes may differ from batch to batch, and
+    a tensor may be empty in some. Peak memory is a chunk of batches, and the tensors of the few that are under way.
 
     Args:
         model: the prepared graph.
@@ -86,19 +87,20 @@ def observe(
 
 def gather(look: ObserveChunk, batches: Iterable[Batch]) -> Statistics:
     """The statistics of all batches, by a function that makes those of a chunk; raises as `observe`."""
-    return whole(look(chunk, first) for first, chunk in cut(batches, CHUNK))
+    found = whole(look(chunk, first) for first, chunk in cut(batches, CHUNK))
+    statistics.require_seen(found)
+    return found
 
 
 def whole(parts: Iterable[Statistics]) -> Statistics:
-    """The statistics of all batches, from those of parts, in order.
+    """The statistics of all batches, from those of parts, in order; a tensor may have held no value in any.
 
     Raises:
-        CalibrationError: no batches, or a tensor that held no value in any.
+        CalibrationError: no batches.
     """
     found = fold(parts, statistics.merge, lambda each: -(-each.batches // CHUNK))
     if found is None:
         raise CalibrationError("calibration: no batches", found="an empty iterable", expected="at least one batch")
-    statistics.require_seen(found)
     return found
 
 
@@ -260,7 +262,10 @@ def _range(values: Array, name: str, number: int, model: ir.Model, batch: Batch)
         )
     if low > -SATURATING and high < SATURATING:
         return _Seen(low=low, high=high, elements=values.size, masked=0), values
-    rest = values[np.abs(values) < SATURATING]
+    masked = np.abs(values) >= SATURATING
+    if np.unique(values[masked]).size > MASKS:
+        return _Seen(low=low, high=high, elements=values.size, masked=0), values
+    rest = values[~masked]
     ends = (float(rest.min()), float(rest.max())) if rest.size else (math.inf, -math.inf)
     return _Seen(low=ends[0], high=ends[1], elements=values.size, masked=values.size - rest.size), rest
 

@@ -48,7 +48,7 @@ class Average:
 class TensorStatistics:
     """One tensor. low, high: over the values that count, inf and -inf where there are none.
 
-    elements: all values; masked: those with |x| >= SATURATING, which are not in low, high and histogram.
+    elements: all values; masked: the saturating constants of a mask (`observe`), which are not in low, high and histogram.
     average_low, average_high: moving averages of each batch's smallest and largest value; None without values.
     lows, highs: the same per segment of batches (`Statistics.segment`), inf and -inf where a segment has no value.
     histogram: None where it was not asked for, or there is no value.
@@ -110,6 +110,11 @@ class Statistics:
         return self.tensors[self.same[tensor]]
 
     @property
+    def unseen(self) -> frozenset[str]:
+        """The tensors that held no value that counts in any batch."""
+        return frozenset(name for name in self.same if self.of(name).low > self.of(name).high)
+
+    @property
     def means(self) -> dict[tuple[str, int], Array]:
         """{(tensor, channel_axis): float64 [channels]}, the mean of each channel."""
         return {key: found.mean for key, found in self.channels.items()}
@@ -142,7 +147,7 @@ def require_seen(found: Statistics) -> None:
         CalibrationError: names the tensor.
     """
     for name in found.same:
-        if found.of(name).low > found.of(name).high:
+        if name in found.unseen:
             raise CalibrationError(
                 f"tensor {name!r}",
                 found=f"no value in {found.batches} batches",

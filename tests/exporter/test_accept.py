@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -140,3 +141,19 @@ def test_export_of_a_model_with_a_refused_node_goes_on(tmp_path: Path) -> None:
         )
     assert report.met and any(each.node == "g2" for each in report.float_layers)
     assert "quantizer refused the graph" in (tmp_path / "out" / "plan.txt").read_text()
+
+
+def test_layer_behind_a_tensor_without_a_range_is_float_and_others_are_not(tmp_path: Path) -> None:
+    """h is a mask's constant throughout: nothing of it tells a range."""
+    text = (
+        "(float[N,8] x) => (float[N,8] y, float[N,8] z) { [g] y = Gemm(x, w, b)\n"
+        " [m] m = Min(y, low)\n [h] z = Gemm(m, tiny, b) }"
+    )
+    weights = {"w": graphs.noise(0, 8, 8), "b": graphs.noise(1, 8), "low": np.float32(-2e30)}
+    weights["tiny"] = graphs.noise(2, 8, 8) * np.float32(1e-30)
+    onnx.save(graphs.proto(text, weights), tmp_path / "m.onnx")
+    given = [{"x": graphs.noise(10 + n, 16, 8)} for n in range(8)]
+    source, recipe = exporter.from_onnx(tmp_path / "m.onnx"), exporter.load_recipe("portable")
+    exporter.export(source, recipe, given[:6], given[6:], tmp_path / "out", max_evaluations=0)
+    plan = {line.split(" | ")[0]: line for line in (tmp_path / "out" / "plan.txt").read_text().splitlines()}
+    assert "| int8 |" in plan["g"] and "no calibration batch has a value in m that tells its range" in plan["h"]

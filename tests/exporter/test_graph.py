@@ -222,3 +222,10 @@ def test_real_numbers_that_decide_integers_are_read(op_type: str, attributes: di
         read, sets = graph.selections(model)
         assert sets == []
         assert {name: value.name for name, value in read.items()} == ({} if further else {"decides reads 0": "r"})
+
+
+def test_layer_that_goes_through_a_sequence_is_found() -> None:
+    text = "(float[T,N,4] x) => (float[T,1,N,2] y) { [r] y = %s <hidden_size = 2> (x, w, r) }"
+    weights = {"w": graphs.noise(0, 1, 2, 4), "r": graphs.noise(1, 1, 2, 2)}
+    assert graph.recurs(graphs.model(text % "RNN", weights))
+    assert not graph.recurs(graphs.model("(float[N] x) => (float[N] y) { [n] y = Neg(x) }", {}))

@@ -177,3 +177,10 @@ def test_input_with_a_default_is_taken_where_a_batch_has_it_and_filled_in_where_
     assert split.given == {"t"}
     split.fill({"t": np.asarray(np.float32(7))})
     assert [float(batch["t"]) for batch in (*split.calibration(), *split.heldout())] == [5, 7, 7]
+
+
+def test_batches_without_values_are_left_out_on_both_sides_where_that_is_asked() -> None:
+    given, held = [image(n, 0 if n == 1 else 2) for n in range(4)], [image(9, 0), image(10)]
+    found = Split(given, held, (IMAGE,), filled=True)
+    assert fills(found.calibration()) == [0, 2, 3] and fills(found.heldout()) == [10]
+    assert found.notes == ("left out of batches: those without values, which recurrent layers cannot run (2 of them)",)

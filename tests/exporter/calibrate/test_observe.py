@@ -246,3 +246,15 @@ def test_nan_in_a_weight_is_found_though_a_clip_would_hide_it() -> None:
     with pytest.raises(CalibrationError, match="tensor 'z': found NaN") as error:
         observe(model, ("z", "y"), iter([{"x": np.ones((1, 2), np.float32)}]))
     assert "MatMul 'm' makes the first in 'z'" in str(error.value)
+
+
+def test_numbers_as_large_as_a_mask_are_values_and_its_constants_are_not() -> None:
+    x = graphs.noise(0, 4, 3) * np.float32(1e32)
+    found = observe(NEG, ("x",), iter([{"x": x}])).ranges.tensors["x"]
+    assert low_high(found) == (x.min(), x.max()) and found.masked == 0
+    lowest = np.finfo(np.float32).min
+    for masks in ([lowest], [-lowest], [lowest, lowest / 2, 0.0], [lowest, -lowest]):
+        scores = graphs.noise(1, 8, 8) + np.resize(np.float32([*masks, 0]), (8, 8))
+        found = observe(NEG, ("x",), iter([{"x": scores}])).ranges.tensors["x"]
+        counted = scores[np.abs(scores) < 1e30]
+        assert low_high(found) == (counted.min(), counted.max()) and found.masked == 64 - counted.size
