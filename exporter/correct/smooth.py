@@ -16,6 +16,7 @@ leaves with the codes that they had: only what the tensor holds is at stake.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -88,6 +89,18 @@ def find(
     first, rest = (_ends(model, slots, names, part, told_apart) for part in (seen, unseen))
     scales = _scales(slots, _largest(slots, first), _weights(model, plan, slots))
     return Moved(slots=slots, scales=scales), _moved(ranges, slots, scales, _both(first, rest))
+
+
+def fewest_values(model: ir.Model, plan: Plan, batches: Sequence[Batch]) -> int:
+    """How many values a channel has in the batches, in the tensor where it has fewest: by these its largest is known."""
+    shapes = graph.shapes(model, batches[0])
+    slots = moves.find(model, shapes)
+    sizes = [
+        math.prod(shapes[name]) // max(1, slots.of[name].size)
+        for name in _rounded(model, plan)
+        if name in slots.of and name in shapes
+    ]
+    return min(sizes, default=0) * len(batches)
 
 
 def scale(largest: Array, weight: Array, alpha: float = ALPHA) -> Array:

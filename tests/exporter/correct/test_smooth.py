@@ -8,7 +8,7 @@ import pytest
 
 from exporter import correct, graph, quantize
 from exporter.calibrate import intervals, observe
-from exporter.correct import bias, smooth
+from exporter.correct import bias, choose, smooth
 from exporter.correct.choose import apart
 from exporter.target import PORTABLE, X86_VNNI, Target
 from tests.exporter import graphs
@@ -54,6 +54,17 @@ def test_outliers_of_channels_move_into_the_weights_and_outputs_come_closer(targ
     run, reference = graph.runner(found.int8), graph.runner(outlying())
     other = {"x": graphs.noise(99, 64, 64)}
     assert snr(run(other)["y"], reference(other)["y"]) > found.corrections[0].after_db - 1
+
+
+def test_scales_from_few_values_must_win_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = outlying(), batches(9)
+    plan, _ = graphs.planned(model, *given, target=X86_VNNI)
+    assert smooth.fewest_values(model, plan, given) == 9 * 32
+    wins = gain(improve(model, given))
+    for few, worth, kept in ((9 * 32, wins + 1, True), (9 * 32 + 1, wins + 1, False), (9 * 32 + 1, wins - 1, True)):
+        monkeypatch.setattr(choose, "FEW_VALUES", few)
+        monkeypatch.setattr(choose, "FEW_WORTH_DB", worth)
+        assert improve(model, given).corrections[0].kept is kept
 
 
 def test_int8_graph_has_the_nodes_that_it_had() -> None:
