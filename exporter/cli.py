@@ -29,7 +29,8 @@ from runtime import cpu, files
 from runtime.bundle import load
 from runtime.errors import PacklightError, install
 from runtime.manifest import canonical
-from runtime.views import show
+from runtime.printable import lines, printable
+from runtime.views import show, show_json
 
 DEFAULT_RECIPE = "portable"
 
@@ -180,11 +181,11 @@ def list_targets(
     """List the targets, and say which one this machine is; with a NAME, what that target says and why."""
     if name is not None:
         facts = targets.facts(targets.by_name(name))
-        return typer.echo(canonical(facts), nl=False) if as_json else show(views.facts(name, facts))
+        return show_json(canonical(facts)) if as_json else show(views.facts(name, facts))
     here = cpu.read()
     if as_json:
         table = {"here": targets.of(here).name, "cpu": here, "targets": [*targets.TARGETS.values()]}
-        return typer.echo(canonical(table), nl=False)
+        return show_json(canonical(table))
     return show(views.targets([*targets.TARGETS.values()], targets.of(here), here))
 
 
@@ -210,7 +211,7 @@ def lint_model(
         found = {str(model): lint.check(model, asked)}
     if sarif is not None:
         files.write(sarif, canonical(lint.sarif(found)), "--sarif")
-    typer.echo(canonical(found) if as_json else lint.render(found) + "\n", nl=False)
+    show_json(canonical(found)) if as_json else typer.echo(lines(lint.render(found)))
     raise typer.Exit(1 if lint.count(found, "error") else 0)
 
 
@@ -238,7 +239,7 @@ def forecast_model(
                     expected="a bundle's folder, or an int8 .onnx and --inputs DATA",
                 )  # fmt: skip
             found = forecast.of_model(model, inputs, progress=progress)
-    typer.echo(canonical(found) if as_json else forecast_text.render(found, model.name) + "\n", nl=False)
+    show_json(canonical(found)) if as_json else typer.echo(lines(forecast_text.render(found, model.name)))
 
 
 def _export(
@@ -279,10 +280,10 @@ def _export(
 def _finish(report: Report, kept: Path | None, as_json: bool) -> None:
     """Print the report and where the bundle is kept; exit 0 or 1."""
     if as_json:
-        typer.echo(report.to_json(), nl=False)
+        show_json(report.to_json())
     else:
-        typer.echo(str(report))
-        typer.echo(f"{'bundle':<10}{kept}" if kept else f"{'keep it':<10}packlight demo --out build/digits")
+        typer.echo(lines(str(report)))
+        typer.echo(f"{'bundle':<10}{printable(kept)}" if kept else f"{'keep it':<10}packlight demo --out build/digits")
     raise typer.Exit(0 if report.met else 1)
 
 

@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from runtime.printable import printable
+
 T = TypeVar("T")
 
 
@@ -88,16 +90,16 @@ class Terminal:
 
     def stage(self, text: str) -> None:
         self._end()
-        self._bars.add_task(text, total=1)
+        self._bars.add_task(printable(text), total=1)
 
     def note(self, text: str) -> None:
-        self._console.print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
+        self._console.print(f"note: {printable(text)}", style="dim", markup=False, soft_wrap=True)
 
     def each(
         self, items: Iterable[T], text: str, total: int | None = None, samples: Callable[[T], int] | None = None
     ) -> Iterator[T]:
         self._end()
-        bar = self._bars.add_task(text, total=total, samples=None if samples is None else 0)
+        bar = self._bars.add_task(printable(text), total=total, samples=None if samples is None else 0)
         count = seen = 0
         for count, item in enumerate(items, start=1):
             yield item

@@ -18,10 +18,11 @@ import typer
 from runtime import files, gate, views
 from runtime.bench import measure
 from runtime.bundle import load
-from runtime.errors import PacklightError, install, plain
+from runtime.errors import PacklightError, install
 from runtime.explain import explain as explain_bundle
 from runtime.explain import explain_file
 from runtime.manifest import canonical
+from runtime.printable import lines, printable
 from runtime.probe import read_arrays, write_arrays
 
 COMMANDS = "packlight.commands"  # the entry points through which the exporter adds its commands
@@ -79,14 +80,14 @@ def main(args: list[str] | None = None) -> None:
         if hasattr(error, "format_message"):  # typer's: a flag or an argument that is wrong
             _wrong_usage(error)
         if os.environ.get("PACKLIGHT_TRACEBACK"):
-            typer.echo(traceback.format_exc(), err=True)
+            typer.echo(lines(traceback.format_exc()), err=True)
         said = f"{type(error).__name__}: {error}"[:300]
         _fail(f"this is a fault of packlight's or of your file: found {said}; PACKLIGHT_TRACEBACK=1 shows where")
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
 def _fail(said: str) -> NoReturn:
-    typer.echo(f"error: {plain(said)}", err=True)
+    typer.echo(f"error: {printable(said)}", err=True)
     raise SystemExit(2) from None
 
 
@@ -101,7 +102,7 @@ def _wrong_usage(error: Any) -> NoReturn:
 
 def _warn(message: Warning | str, *where: object) -> None:
     """A warning as a line of ours, without the line of code that it came from."""
-    typer.echo(f"warning: {plain(str(message))}", err=True)
+    typer.echo(f"warning: {printable(message)}", err=True)
 
 
 def _say_version(asked: bool) -> None:
@@ -171,7 +172,7 @@ def check(
     for file, flag, text in wanted:
         files.write(file, text(verdict, name), flag)
     if as_json:
-        typer.echo(verdict.to_json(), nl=False)
+        views.show_json(verdict.to_json())
     else:
         views.show(views.verdict(verdict, name))
     raise typer.Exit(0 if verdict.met else 1)
@@ -189,7 +190,7 @@ def bench(
     opened = load(bundle, threads, ort=ort)
     timing = measure(opened, rounds)
     if as_json:
-        typer.echo(canonical(timing), nl=False)
+        views.show_json(canonical(timing))
     else:
         views.show(views.timing(timing, opened.manifest.name))
 
@@ -211,7 +212,7 @@ def run(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(out, outputs)
     if as_json:
-        typer.echo(views.outputs_json(outputs), nl=False)
+        views.show_json(canonical(views.outputs_table(outputs)))
     else:
         views.show(views.outputs(outputs))
 
@@ -246,7 +247,7 @@ def explain(
             raise typer.BadParameter("--ort and --onnx are for a bundle: a file has one form")
         explanation = explain_file(bundle, read_arrays(_required(inputs, bundle)), threads)
     if as_json:
-        typer.echo(canonical(explanation), nl=False)
+        views.show_json(canonical(explanation))
     else:
         views.show(views.explanation(explanation, bundle.name))
     if min_integer_macs is not None and explanation.integer_macs < min_integer_macs:

@@ -16,14 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from runtime.printable import printable
+
 if TYPE_CHECKING:
     from runtime.gate import Verdict
-
-
-def plain(text: str) -> str:
-    r"""The text on one line, for a terminal: what is not printable (in a file's name, a library's words) as \x1b."""
-    line = " ".join(text.split())
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
 
 
 def install(extra: str) -> str:
@@ -38,13 +34,13 @@ def install(extra: str) -> str:
 
 
 class PacklightError(Exception):
-    """One line: `what: found ..., expected ...; do`, leaving out what was not given."""
+    """One line of at most 500 characters: `what: found ..., expected ...; do`, leaving out what was not given."""
 
     def __init__(self, what: str, *, found: str = "", expected: str = "", do: str = "") -> None:
         self.what, self.found, self.expected, self.do = what, found, expected, do
         sides = ", ".join(part for part in (found and f"found {found}", expected and f"expected {expected}") if part)
         line = f"{what}: {sides}" if sides else what
-        super().__init__(plain(f"{line}; {do}" if do else line))
+        super().__init__(printable(f"{line}; {do}" if do else line))
 
 
 class BundleError(PacklightError):

@@ -18,6 +18,7 @@ from runtime.exported import Exported, Line, is_ceiling, number
 from runtime.judged import Judged
 from runtime.kernels import kernels
 from runtime.manifest import Budget, Machine, canonical
+from runtime.printable import code, xml
 from runtime.session import PROVIDERS, open_session
 
 if TYPE_CHECKING:
@@ -206,28 +207,26 @@ def coverage(integer_macs: float) -> str:
 
 
 def junit(verdict: Verdict, name: str) -> str:
-    """JUnit XML: one test case a limit, the measured numbers as properties."""
-    from html import escape  # here: `import runtime` need not load its table of entities
-
+    """JUnit XML: one test case a limit, the measured numbers as properties. Well-formed whatever a name is."""
     worst = verdict.drift.worst_snr_db
     cases = "".join(
-        f'  <testcase classname="{escape(name)}" name="{escape(line.what)}">'
-        + ("" if line.met else f'<failure message="{escape(f"{line}, with {coverage(verdict.integer_macs)}")}"/>')
+        f'  <testcase classname="{xml(name)}" name="{xml(line.what)}">'
+        + ("" if line.met else f'<failure message="{xml(f"{line}, with {coverage(verdict.integer_macs)}")}"/>')
         + "</testcase>\n"
         for line in verdict.lines
     )
     failures = sum(not line.met for line in verdict.lines)
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f'<testsuite name="packlight {escape(name)}" tests="{len(verdict.lines)}" failures="{failures}">\n'
+        f'<testsuite name="packlight {xml(name)}" tests="{len(verdict.lines)}" failures="{failures}">\n'
         "  <properties>\n"
         f'    <property name="integer_macs" value="{verdict.integer_macs:.6g}"/>\n'
         f'    <property name="worst_snr_db" value="{worst:.6g}"/>\n'
         f'    <property name="exact" value="{str(verdict.exact).lower()}"/>\n'
         f'    <property name="device_q" value="{max(verdict.q.values(), default=0.0):.6g}"/>\n'
-        f'    <property name="model" value="{escape(verdict.model)}"/>\n'
-        f'    <property name="cpu" value="{escape(here(verdict))}"/>\n'
-        f'    <property name="recorded_on" value="{escape(_machine(verdict.recorded_on))}"/>\n'
+        f'    <property name="model" value="{xml(verdict.model)}"/>\n'
+        f'    <property name="cpu" value="{xml(here(verdict))}"/>\n'
+        f'    <property name="recorded_on" value="{xml(_machine(verdict.recorded_on))}"/>\n'
         f"  </properties>\n{cases}</testsuite>\n"
     )
 
@@ -235,15 +234,15 @@ def junit(verdict: Verdict, name: str) -> str:
 def markdown(verdict: Verdict, name: str) -> str:
     """A page for a pull request or a job summary: the verdict, the limits, the drift of each output with its coverage."""
     limits = [
-        f"| {_cell(line.what)} | {number(line.found)} | {number(line.limit)} | {_met(line)} |" for line in verdict.lines
+        f"| {code(line.what)} | {number(line.found)} | {number(line.limit)} | {_met(line)} |" for line in verdict.lines
     ]
     outputs = [
-        f"| {_cell(o.name)} | {' | '.join(numbers(o))} | {100 * verdict.integer_macs:.1f} % |"
+        f"| {code(o.name)} | {' | '.join(numbers(o))} | {100 * verdict.integer_macs:.1f} % |"
         for o in verdict.drift.outputs
     ]
     return "\n".join(
         [
-            f"## {name}: {'met' if verdict.met else 'not met'}",
+            f"## {code(name)}: {'met' if verdict.met else 'not met'}",
             "",
             f"{coverage(verdict.integer_macs)}; {device_text(verdict)}.",
             "",
@@ -264,8 +263,8 @@ def markdown(verdict: Verdict, name: str) -> str:
                 for name, snr, meaning in errors(verdict)
             ),
             "",
-            f"{verdict.model} on {_cell(here(verdict))}",
-            *(f"- {note}" for note in verdict.notes),
+            f"{code(verdict.model)} on {code(here(verdict))}",
+            *(f"- {code(note)}" for note in verdict.notes),
             "",
         ]
     )
@@ -417,8 +416,4 @@ def _notes(bundle: Bundle, here: Cpu) -> Iterator[str]:
 
 
 def _met(line: Line) -> str:
-    return "yes" if line.met else f"**no**{f', {_cell(line.cause)}' if line.cause else ''}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return "yes" if line.met else f"**no**{f', {code(line.cause)}' if line.cause else ''}"

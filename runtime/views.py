@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +17,8 @@ from runtime.bench import Timing
 from runtime.explain import Explanation
 from runtime.exported import number
 from runtime.gate import Verdict, coverage, device_text, errors, here, numbers
-from runtime.manifest import canonical
+from runtime.printable import json, lines, printable
+from runtime.printable import middle as _middle
 
 if TYPE_CHECKING:
     from runtime.drift import Array
@@ -28,13 +30,21 @@ def show(view: RenderableType) -> None:
     """Print a view, at most 80 columns wide, in colour only on a terminal."""
     console = Console(highlight=False, soft_wrap=False)
     console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
-    console.print(view)
+    segments = [Segment(lines(part.text), part.style) for part in console.render(view)]
+    console.print(Segments(segments), end="")
+
+
+def show_json(text: str) -> None:
+    """Print canonical JSON with nothing in it that a terminal would obey."""
+    print(json(text), end="")
 
 
 def verdict(value: Verdict, name: str) -> RenderableType:
     """The verdict, its limits, the drift of each output."""
     parts: list[RenderableType] = [
-        Text(f"{name}: {'met' if value.met else 'NOT MET'}", style="bold green" if value.met else "bold red"),
+        Text(
+            f"{printable(name)}: {'met' if value.met else 'NOT MET'}", style="bold green" if value.met else "bold red"
+        ),
         Text(f"{coverage(value.integer_macs)}; {device_text(value)}"),
     ]
     if not value.lines:
@@ -46,15 +56,16 @@ def verdict(value: Verdict, name: str) -> RenderableType:
             limits.add_row(middle(line.what, 40), number(line.found), number(line.limit), met)
         parts.append(limits)
     parts.append(_errors(value))
-    parts += [Text(f"{line.what}: {line.cause}", style="red") for line in value.lines if line.cause and not line.met]
+    unmet = (line for line in value.lines if line.cause and not line.met)
+    parts += [Text(f"{printable(line.what)}: {printable(line.cause)}", style="red") for line in unmet]
     outputs = _table("output", "SNR dB", "varying", "cosine", "max abs", "same top-1", "integer MACs")
     for o in value.drift.outputs:
         outputs.add_row(middle(o.name, 16), *numbers(o), _percent(value.integer_macs))
     return Group(
         *parts,
         outputs,
-        Text(f"{value.model} on {here(value)}"),
-        *(Text(f"note: {note}", style="yellow") for note in value.notes),
+        Text(printable(f"{value.model} on {here(value)}")),
+        *(Text(f"note: {printable(note)}", style="yellow") for note in value.notes),
     )
 
 
@@ -74,22 +85,28 @@ def timing(value: Timing, name: str) -> RenderableType:
     speed = "" if value.ratio is None else f": int8 is {value.ratio:.2f}x as fast as fp32"
     threads = "ONNX Runtime's choice of threads" if value.threads is None else f"threads {value.threads}"
     foot = f"{value.cpu}, {threads}, {value.rounds} rounds in turn, onnxruntime {value.onnxruntime}"
-    return Group(Text(f"{name}{speed}", style="bold"), table, Text(foot))
+    return Group(Text(f"{printable(name)}{speed}", style="bold"), table, Text(foot))
 
 
 def explanation(value: Explanation, name: str) -> RenderableType:
     """Every node as it ran, with the plan's precision and the number of its reason; below, each reason once."""
-    head = f"{name}: {coverage(value.integer_macs)} ({value.macs / 1e6:.3f} M MACs, {value.ms:.3f} ms in nodes)"
+    head = (
+        f"{printable(name)}: {coverage(value.integer_macs)} ({value.macs / 1e6:.3f} M MACs, {value.ms:.3f} ms in nodes)"
+    )
     table = _table("node", "kernel", "types", "ms", "M MACs", "plan", "why")
     reasons: dict[str, int] = {}
     for node in value.nodes:
         kernel, planned = node.kernel, node.planned
         style = "green" if kernel.integer else "yellow" if kernel.macs else ""
-        plan = (planned.precision, str(reasons.setdefault(planned.reason, len(reasons) + 1))) if planned else ("", "")
+        plan = (
+            (middle(planned.precision, 8), str(reasons.setdefault(planned.reason, len(reasons) + 1)))
+            if planned
+            else ("", "")
+        )
         macs = f"{kernel.macs / 1e6:.3f}" if kernel.macs else ""
-        names = (middle(kernel.node, 22), Text(middle(kernel.kernel, 16), style=style), kernel.types)
+        names = (middle(kernel.node, 22), Text(middle(kernel.kernel, 16), style=style), middle(kernel.types, 12))
         table.add_row(*names, f"{kernel.ms:.3f}", macs, *plan)
-    legend = [Text(f"{number}  {reason}") for reason, number in reasons.items()]
+    legend = [Text(f"{number}  {printable(reason)}") for reason, number in reasons.items()]
     return Group(Text(head, style="bold"), table, *legend)
 
 
@@ -102,9 +119,9 @@ def outputs(values: Mapping[str, Array]) -> RenderableType:
     return table
 
 
-def outputs_json(values: Mapping[str, Array]) -> str:
+def outputs_table(values: Mapping[str, Array]) -> dict[str, object]:
     """The same for machines: dtype, shape and all values in C order, where NaN and ±inf are strings."""
-    tables = {
+    return {
         name: {
             "dtype": str(array.dtype),
             "shape": list(array.shape),
@@ -112,15 +129,11 @@ def outputs_json(values: Mapping[str, Array]) -> str:
         }
         for name, array in values.items()
     }
-    return canonical(tables)
 
 
 def middle(name: str, width: int) -> str:
-    """A name of at most `width` characters, its middle left out: both ends of a node's name tell it from its neighbours."""
-    if len(name) <= width:
-        return name
-    left = (width - 1) // 2
-    return f"{name[:left]}…{name[len(name) - (width - 1 - left) :]}"
+    """A name for a cell of at most `width` characters; see printable.middle."""
+    return _middle(printable(name), width)
 
 
 def _table(*columns: str) -> Table:

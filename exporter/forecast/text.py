@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from exporter.forecast.measure import Forecast
 from runtime.drift import OutputDrift
+from runtime.printable import printable
 from runtime.views import middle
 
 WIDTH = 80
@@ -16,7 +17,7 @@ LABEL = 10
 
 def render(forecast: Forecast, name: str) -> str:
     """Which layers clip, how often, and what it does to the outputs."""
-    head = f"{name} on x86 without VNNI (AVX2, or AVX512 alone)"
+    head = f"{printable(name)} on x86 without VNNI (AVX2, or AVX512 alone)"
     lines = [head, *_row("layers", _layers(forecast))]
     if forecast.clips:
         lines += ["", *_table(forecast), ""]

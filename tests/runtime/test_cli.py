@@ -40,7 +40,7 @@ def test_check_exits_0_when_met_and_1_when_not(bundle_folder: Path, strict_bundl
 def test_check_writes_the_files_it_is_asked_for_also_when_not_met(strict_bundle: Path, tmp_path: Path) -> None:
     assert call("check", strict_bundle, "--junit", tmp_path / "p.xml", "--markdown", tmp_path / "p.md") == 1
     assert ET.parse(tmp_path / "p.xml").getroot().get("failures") == "1"
-    assert (tmp_path / "p.md").read_text().startswith("## tiny: not met\n")
+    assert (tmp_path / "p.md").read_text().startswith("## `tiny`: not met\n")
 
 
 def test_check_json_is_the_verdict_of_the_api(bundle_folder: Path, capsys: Captured) -> None:

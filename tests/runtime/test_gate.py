@@ -132,9 +132,9 @@ def test_junit_has_a_case_a_limit_and_says_why_it_failed() -> None:
 
 def test_markdown_tells_drift_with_coverage_in_one_row() -> None:
     text = gate.markdown(judge(min_snr_db=30.0), "tiny")
-    assert text.startswith("## tiny: not met\n\n90.0 % of MACs in integer kernels; int8 outputs equal those recorded")
-    assert "| snr_db a | 20 | 30 | **no** |" in text
-    assert "| a | 20.00 |  | 0.998460 | 0.5 | 100.00 % | 90.0 % |" in text
+    assert text.startswith("## `tiny`: not met\n\n90.0 % of MACs in integer kernels; int8 outputs equal those recorded")
+    assert "| `snr_db a` | 20 | 30 | **no** |" in text
+    assert "| `a` | 20.00 |  | 0.998460 | 0.5 | 100.00 % | 90.0 % |" in text
 
 
 def test_markdown_without_limits_says_so() -> None:

@@ -10,6 +10,7 @@ import runtime
 from runtime import views
 from runtime.explain import Explained, Explanation, Planned, explain
 from runtime.kernels import Kernel
+from runtime.manifest import canonical
 
 
 @pytest.fixture(scope="module")
@@ -62,5 +63,5 @@ def test_long_name_keeps_both_ends() -> None:
 
 
 def test_outputs_in_json_have_strings_for_what_json_lacks() -> None:
-    text = views.outputs_json({"y": np.float32([[1.5, np.nan, -np.inf]])})
+    text = canonical(views.outputs_table({"y": np.float32([[1.5, np.nan, -np.inf]])}))
     assert json.loads(text) == {"y": {"dtype": "float32", "shape": [1, 3], "values": [1.5, "nan", "-inf"]}}
