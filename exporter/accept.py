@@ -45,7 +45,7 @@ def accepted(model: ir.Model, plan: Plan, ranges: Ranges, batch: Batch, decide: 
         decide: places the nodes.
 
     Raises:
-        QuantizeError: there is nothing to quantize, from the start or once all that was refused is float.
+        QuantizeError: the graph does not run even where all that was refused is float.
     """
     return _Trial(model, ranges, batch, decide).accepted(plan)
 
@@ -68,7 +68,9 @@ class _Trial:
                 raise (
                     made.error
                     if isinstance(made.error, QuantizeError)
-                    else QuantizeError("nothing to quantize", found=made.why, expected="a graph that ONNX Runtime runs")
+                    else QuantizeError(
+                        "the graph without an int8 node", found=made.why, expected="one that ONNX Runtime runs"
+                    )
                 ) from made.error
             self.refused |= self.at_fault(plan, made) or dict.fromkeys(plan.int8, made.why)
             plan = self.decide(self.refused, ())

@@ -57,7 +57,8 @@ def to_int8(
 ) -> ir.Model:
     """Quantize the nodes that the plan calls int8: activations uint8 per tensor, weights int8 symmetric per channel.
 
-    Layers that it calls dynamic have such weights, and take the range of their activation as they run (`dynamic.lay`).
+    Layers that it calls dynamic have such weights, and take the range of their activation as they run (`dynamic.lay`). Of a plan
+    with neither the graph comes out as it is.
 
     Args:
         model: the prepared graph, which is not changed.
@@ -67,16 +68,9 @@ def to_int8(
         gates_on_codes: see `gates.read`; without it every int8 node stands between Q/DQ pairs, whose scales may still change.
 
     Raises:
-        QuantizeError: the plan has neither an int8 node nor a dynamic layer, ONNX Runtime refused, the result does not follow
-            the plan, a scale that float32 cannot hold, a bias that int32 cannot.
+        QuantizeError: ONNX Runtime refused, the result does not follow the plan, a scale that float32 cannot hold, a bias that
+            int32 cannot.
     """
-    if not plan.int8 and not plan.dynamic and plan.given:
-        return model.clone()
-    if not plan.int8 and not plan.dynamic:
-        layers = ", ".join(sorted({decision.op_type for decision in plan.float_layers})) or "none"
-        raise QuantizeError(
-            "nothing to quantize", found=f"layers {layers}, all float: {_first_reason(plan)}", expected="an int8 node"
-        )
     quantized = model.clone()
     if plan.int8:
         ranges = gates.widen(model, plan.int8, ranges)
@@ -198,10 +192,6 @@ def _read_by(model: ir.Model, names: Sequence[str]) -> set[str | None]:
     """What the named nodes read."""
     nodes = set(names)
     return {value.name for node in model.graph if node.name in nodes for value in node.inputs if value is not None}
-
-
-def _first_reason(plan: Plan) -> str:
-    return plan.float_layers[0].reason if plan.float_layers else "no layers"
 
 
 def _own_weights(model: ir.Model, plan: Plan) -> ir.Model:

@@ -2,7 +2,9 @@
 
 1. MatMul(x, W) + b with x of rank 2 and b constant, a number per column   becomes   Gemm(x, W, b): the bias is added in
    int32 inside the integer kernel. A residual added to a product is no bias: as one, it would keep the layer float.
-2. A bias of Gemm that is [1, N], or one number for all columns, becomes [N]: ONNX Runtime's quantizer takes no other.
+2. alpha and beta of Gemm go into its constant weight and bias, a bias that is computed becomes an Add behind it, and A that is
+   read transposed a Transpose before it: the integer kernel takes none of these.
+3. A bias of Gemm that is [1, N], or one number for all columns, becomes [N]: ONNX Runtime's quantizer takes no other.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ RULES = (_rule(_plain, 0), _rule(_transposed, 1))
 
 
 def rewrite(model: ir.Model) -> int:
-    return apply(model, RULES, commute=True) + sum(map(partial(_flatten, model), list(model.graph)))
+    matched = apply(model, RULES, commute=True)
+    for rule in (_plainer, _flatten):
+        matched += sum(map(partial(rule, model), list(model.graph)))
+    return matched
 
 
 def per_column(bias: Array, columns: int | ir.SymbolicDim, rank: int) -> Array | None:
@@ -60,8 +65,42 @@ def per_column(bias: Array, columns: int | ir.SymbolicDim, rank: int) -> Array |
     return np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), columns))
 
 
-def _flatten(model: ir.Model, node: ir.Node) -> bool:
+def _plainer(model: ir.Model, node: ir.Node) -> bool:
     """Rule 2."""
+    if node.op_type != "Gemm" or node.domain:
+        return False
+    x, weight = node.inputs[0], graph.constant(node.inputs[1])
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    shift = graph.constant(bias)
+    alpha, beta = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+    turned, computed = node.attributes.get_int("transA", 0) == 1, bias is not None and shift is None
+    if weight is None or x is None or weight.dtype != np.float32 or not (alpha != 1 or beta != 1 or turned or computed):
+        return False
+    new, y, inputs = [], node.outputs[0], [x, node.inputs[1]]
+    if turned:
+        new.append(ir.node("Transpose", [x], {"perm": [1, 0]}, name=f"{node.name}_turned"))
+        inputs[0] = new[0].outputs[0]
+    if alpha != 1:
+        inputs[1] = edit.initializer(model, f"{node.name}_weight", weight * np.float32(alpha))
+    if shift is not None:
+        inputs.append(bias if beta == 1 else edit.initializer(model, f"{node.name}_bias", shift * np.float32(beta)))
+    attributes = {"transB": node.attributes.get_int("transB", 0)}
+    new.append(ir.node("Gemm", inputs, attributes, name=f"{node.name}_plain"))
+    if computed:
+        if beta != 1:
+            factor = edit.initializer(model, f"{node.name}_beta", np.array(beta, np.float32))
+            new.append(ir.node("Mul", [bias, factor], name=f"{node.name}_scaled"))
+            bias = new[-1].outputs[0]
+        layer = next(each for each in new if each.op_type == "Gemm")
+        new.append(ir.node("Add", [layer.outputs[0], bias], name=f"{node.name}_biased"))
+    for each in new[:-1]:
+        each.outputs[0].name, each.outputs[0].type = edit.free_name(model, each.name or ""), y.type
+    edit.replace(model, [node], new, y, new[-1].outputs[0])
+    return True
+
+
+def _flatten(model: ir.Model, node: ir.Node) -> bool:
+    """Rule 3."""
     if node.op_type != "Gemm" or node.domain or len(node.inputs) < 3:
         return False
     bias, weight = graph.constant(node.inputs[2]), node.inputs[1]

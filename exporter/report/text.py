@@ -65,8 +65,11 @@ def render(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """Met or not, and by what; a model that is slower than FP32 says so here."""
+    """Met or not, and by what; a model that is slower than FP32, or has nothing in integers, says so here."""
     said = "met" if report.met else "NOT MET: " + "; ".join(str(line) for line in report.lines if not line.met)
+    if not (report.int8_nodes or report.dynamic_nodes or report.integer_macs):
+        largest = max(report.float_layers, key=lambda layer: layer.macs, default=None)
+        return f"{said}, but NOTHING RUNS IN INTEGERS: {largest.reason if largest else 'no layers'}"
     ratio = None if report.timing is None else report.timing.ratio
     return said if ratio is None or ratio >= 1 else f"{said}, but SLOWER than FP32 here ({ratio:.2f}x)"
 

@@ -102,9 +102,10 @@ def test_rule_for_int8_does_not_bring_a_refused_node_back() -> None:
     assert {"g1", "r1"} & {*found.plan.int8} == set() and {"g0", "g2", "g3"} <= {*found.plan.int8}
 
 
-def test_graph_that_is_refused_whatever_is_float_has_nothing_to_quantize() -> None:
-    with refusing(*WEIGHTS, "g0", "g1", "g2", "g3"), pytest.raises(QuantizeError, match="nothing to quantize"):
-        accepted()
+def test_graph_that_is_refused_whatever_is_float_has_nothing_in_integers() -> None:
+    with refusing(*WEIGHTS, "g0", "g1", "g2", "g3"):
+        found = accepted()
+    assert (found.plan.int8, graph.to_bytes(found.int8)) == ((), graph.to_bytes(graphs.model(CHAIN, WEIGHTS)))
 
 
 def test_values_too_small_for_a_scale_keep_their_nodes_float_and_zeros_do_not() -> None:

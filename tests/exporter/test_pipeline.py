@@ -352,6 +352,25 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("(float[N,8] x) => (float[N,8] y) { y = Relu(x) }", "no layers"),
+        (
+            "(float[N,8] x) => (float[N,N] y) { [t] t = Transpose(x) [m] y = MatMul(x, t) }",
+            "a product of two activations",
+        ),
+    ],
+)
+def test_model_without_anything_to_quantize_is_a_bundle_that_says_so(text: str, why: str, tmp_path: Path) -> None:
+    onnx.save(graphs.proto(text, {}), tmp_path / "m.onnx")
+    report = export(tmp_path / "m.onnx", tmp_path / "b")
+    assert (report.met, report.integer_macs, report.drift.worst_snr_db) == (True, 0.0, float("inf"))
+    said = " ".join(str(report).split())
+    assert f"verdict met, but NOTHING RUNS IN INTEGERS: {why}" in said
+    assert runtime.check(runtime.load(tmp_path / "b")).met
+
+
 def test_limit_on_speed_that_was_not_met_travels_without_the_time(onnx_file: Path, tmp_path: Path) -> None:
     recipe = limited(VNNI, {"min_speedup": 1e6})
     report = exporter.export(

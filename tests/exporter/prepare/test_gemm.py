@@ -105,3 +105,35 @@ def test_addend_that_makes_an_axis_or_varies_by_row_is_no_bias(shape: tuple[int,
     )
     after, matched = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5)})
     assert (matched, graphs.op_types(after)) == (0, ["MatMul", "Add"])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "ops"),
+    [
+        ("alpha=0.5, beta=2.0", ["Gemm"]),
+        ("beta=2.0, transB=1", ["Gemm"]),
+        ("alpha=0.0", ["Gemm"]),
+        ("transA=1, alpha=3.0", ["Transpose", "Gemm"]),
+    ],
+)
+def test_factors_of_a_gemm_go_into_its_weight_and_bias(attributes: str, ops: list[str]) -> None:
+    turned, weight = "transA" in attributes, W.T.copy() if "transB" in attributes else W
+    rows = "float[5,N] x" if turned else "float[N,5] x"
+    model = graphs.model(f"({rows}) => (float[N,8] y) {{ [g] y = Gemm<{attributes}>(x, w, b) }}", {"w": weight, "b": B})
+    after, matched = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, *((5, 4) if turned else (4, 5)))})
+    assert (matched, graphs.op_types(after)) == (1, ops)
+    assert {*after.graph[-1].attributes} == {"transB"}
+
+
+@pytest.mark.parametrize(("beta", "ops"), [("1.0", ["Gemm", "Add"]), ("2.0", ["Gemm", "Mul", "Add"])])
+def test_bias_that_is_computed_is_added_behind_the_gemm(beta: str, ops: list[str]) -> None:
+    model = graphs.model(
+        f"(float[N,5] x, float[N,8] c) => (float[N,8] y) {{ [g] y = Gemm<beta={beta}>(x, w, c) }}", {"w": W}
+    )
+    after, matched = graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5), "c": graphs.noise(1, 4, 8)})
+    assert (matched, graphs.op_types(after)) == (1, ops)
+
+
+def test_gemm_of_two_activations_keeps_its_factors() -> None:
+    model = graphs.model("(float[N,5] x, float[5,8] w) => (float[N,8] y) { y = Gemm<alpha=0.5>(x, w) }", {})
+    assert graphs.rewritten(model, gemm.rewrite, {"x": graphs.noise(0, 4, 5), "w": W})[1] == 0
