@@ -357,8 +357,8 @@ def test_budget_that_is_not_met_is_reported_and_the_bundle_is_written_all_the_sa
     [
         ("(float[N,8] x) => (float[N,8] y) { y = Relu(x) }", "no layers"),
         (
-            "(float[N,8] x) => (float[N,N] y) { [t] t = Transpose(x) [m] y = MatMul(x, t) }",
-            "a product of two activations",
+            "(float[N,8] x) => (float[N,N] y) { [t] t = Transpose(x) [m] y = Gemm(x, t) }",
+            "its weight is computed at run time",
         ),
     ],
 )
