@@ -22,6 +22,7 @@ from exporter import (
     correct,
     data,
     graph,
+    grouped,
     lint,
     meant,
     optional,
@@ -143,6 +144,8 @@ def _export(
 
     tell.stage("decide what runs in integers")
     shapes = graph.shapes(prepared.model, split.first)
+    timed_here = optional.attempt(partial(grouped.on, cpu, prepared.model, shapes, caps.costs), cpu)
+    cpu = timed_here.value
     plan = place.decide(prepared.model, cpu, recipe.rules, shapes)
 
     def decide(refused: Mapping[str, str], floats: Sequence[str]) -> Plan:
@@ -230,6 +233,7 @@ def _export(
     judged = optional.attempt(partial(collect.judge, prepared.model, found, watch), None)
     enough = judged.value or collect.unjudged(judged.why)
     untried = {
+        "timing of grouped Conv": timed_here.why,
         "choice of ranges": found.untried,
         "LSTM in integers": laid.why,
         "timing": better.untimed,

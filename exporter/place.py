@@ -284,22 +284,32 @@ def _layer_refusal(node: ir.Node, weight: Array | None) -> str:
 
 
 def _slow(node: ir.Node, target: Target) -> str:
-    """Why the layer's integer kernel takes longer than the float one; empty where it does not. A rule may ask for it.
+    """Why the layer's integer kernel takes longer than the float one; empty where it does not. A rule may ask for it."""
+    slower = target.slower.get(node.name or "")
+    if slower is not None:
+        return "its integer kernel is slower here, as timed" if slower else ""
+    if not copies(node, target):
+        return ""
+    weight = graph.constant(node.inputs[1])
+    assert weight is not None
+    if graph.is_depthwise(weight.shape, node.attributes.get_int("group", 1)):
+        return "depthwise: its integer kernel here multiplies one value at a time, and is slower"
+    channels = weight.shape[1]
+    return f"{channels} input channels a group: its integer kernel copies them position by position, and is slower"
 
-    A grouped Conv and one of three spatial axes copy their input position by position, a group's channels at a time:
-    few channels make short copies. A plain Conv over two axes or one has a kernel of its own, and on most targets a
-    depthwise one.
+
+def copies(node: ir.Node, target: Target) -> bool:
+    """Whether the target's table has a Conv float: its integer kernel copies few channels a group, position by position.
+
+    So do grouped Conv and those of three spatial axes; plain ones, and on most targets depthwise ones, have other kernels.
     """
     weight = graph.constant(node.inputs[1]) if node.op_type == "Conv" else None
     if weight is None:
-        return ""
-    groups, channels = node.attributes.get_int("group", 1), weight.shape[1]
-    depthwise = channels == 1 and weight.shape[0] == groups > 1
-    if depthwise and not target.depthwise:
-        return "depthwise: its integer kernel here multiplies one value at a time, and is slower"
-    if not depthwise and (groups > 1 or weight.ndim > 4) and channels < target.copied_channels:
-        return f"{channels} input channels a group: its integer kernel copies them position by position, and is slower"
-    return ""
+        return False
+    groups = node.attributes.get_int("group", 1)
+    if graph.is_depthwise(weight.shape, groups):
+        return not target.depthwise
+    return (groups > 1 or weight.ndim > 4) and weight.shape[1] < target.copied_channels
 
 
 def _removable_refusal(node: ir.Node) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from exporter.errors import RecipeError
-from runtime.cpu import Cpu
+from runtime.cpu import Cpu, read
 from runtime.session import LISTED
 
 
@@ -60,6 +60,7 @@ class Target:
     activations_matmul: whether a MatMul of two activations pays in int8: its B cannot be packed ahead of time.
     session: session config entries.
     costs_from: where the costs were measured; a target whose hardware was not there says whose they are.
+    slower: {Conv of one model that would be float by `copied_channels`: whether int8 is slower, as timed} (exporter/grouped.py).
     """
 
     name: str
@@ -80,6 +81,7 @@ class Target:
     crossing_ns: float
     session: Mapping[str, str]
     costs_from: str
+    slower: Mapping[str, bool] = field(default_factory=dict)
 
 
 # Float is measured inside the NCHWc layout that ORT's fp32 CNNs run in, int8 inside NHWC, where the two differ.
@@ -295,6 +297,11 @@ def facts(target: Target) -> tuple[Fact, ...]:
         ),
         *(Fact(what=f"off at load: {name}", value=LISTED, why=why) for name, why in UNWANTED.items()),
     )  # fmt: skip
+
+
+def is_here(target: Target) -> bool:
+    """Whether this machine is the target."""
+    return target.name == of(read()).name
 
 
 def of(cpu: Cpu) -> Target:

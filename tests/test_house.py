@@ -67,6 +67,7 @@ STAGES = (
     "gates",
     "rulebook",
     "place",
+    "grouped",
     "bear",
     "recurrent",
     "dynamic",

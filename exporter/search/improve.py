@@ -33,7 +33,7 @@ from exporter.search.costs import Costs
 from exporter.search.find import Found, search
 from exporter.search.plans import STATIC, Plans
 from exporter.search.score import Goal, Point, Problem
-from exporter.target import Target, of
+from exporter.target import Target, is_here
 from runtime import cpu, drift, gate
 from runtime.drift import Ground
 from runtime.manifest import Budget
@@ -124,7 +124,7 @@ def improve(
     costs = priced.value or prices.from_table(model, plan, target, shapes)
     goal = _goal(recipe, accepts, caps, clock() - start)
     timed, untimed = dict(costs.timed), set[str]()
-    measuring, here = caps.costs is None and costs.measured, _is_here(target) and not priced.why
+    measuring, here = caps.costs is None and costs.measured, is_here(target) and not priced.why
 
     def ratio(point: Point, other: ir.Model) -> float | None:
         name = prices.name_of(point.float_layers, point.dynamic_layers, bool(point.opened))
@@ -233,7 +233,7 @@ def _costs(
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError("--costs", found=f"{given}: {error}", expected="a cost table") from error
         return prices.read(text, model, plan, target, f"--costs {given}")
-    if not _is_here(target):
+    if not is_here(target):
         return prices.from_table(model, plan, target, plans.shapes)
     if place is not None:
         with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
@@ -249,11 +249,6 @@ def _costs(
     measured = faster.settle(plans, measured, fp32, faster.beside(plans, batch, target), tell)
     _remember(measured, place)
     return measured
-
-
-def _is_here(target: Target) -> bool:
-    """Whether this machine is the target."""
-    return target.name == of(cpu.read()).name
 
 
 def _remember(costs: Costs, place: Path | None) -> None:
