@@ -54,7 +54,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def here(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine is that target."""
-    monkeypatch.setattr(MODULE, "of", lambda cpu: target)
+    monkeypatch.setattr(MODULE, "is_here", lambda asked: asked.name == target.name)
 
 
 def export(model: Path, out: Path, tell: Notes | None = None, **caps: object) -> dict[str, bytes]:
