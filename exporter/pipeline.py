@@ -265,10 +265,11 @@ def _export(
 
     tell.stage("write the bundle, load it, time it")
     timed: Report | None = None
+    chosen_here = caps.costs is None and target.is_here(cpu)
 
     def judge(folder: Path, complete: Manifest) -> tuple[Manifest, Mapping[str, bytes]]:
         nonlocal timed
-        timed = report.timed(made, folder, recipe, drops, evaluate, better.found)
+        timed = report.timed(made, folder, recipe, drops, evaluate, better.found, chosen_here)
         lasting = report.lasting(made, timed)
         return replace(complete, verdict=report.verdict(lasting, recorded)), report.pages(lasting, plan)
 

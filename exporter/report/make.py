@@ -34,7 +34,7 @@ from exporter.target import Target
 from exporter.trace import Traced
 from runtime import cpu, gate, memory
 from runtime import manifest as manifests
-from runtime.bench import CPU_SECONDS, measure
+from runtime.bench import CPU_SECONDS, Timing, measure
 from runtime.bundle import load
 from runtime.drift import Drift, OutputDrift
 from runtime.explain import ADDED
@@ -47,6 +47,9 @@ from runtime.session import open_session
 NOT_COVERED = "calibration data do not cover held-out data"
 FAR_SHARE, FAR_BEYOND = 0.1, 1.0  # of held-out values outside a range, and how far in its widths
 LEAST_TOP1, FEWEST = 0.5, 8  # of so many held-out batches at least
+# Where no limit on speed was asked for and this machine is the target: int8 over FP32 at least, which leaves room for the noise of
+# medians in turn; of models whose FP32 takes so many ms, for of smaller ones Q/DQ and a call's own microseconds are timed
+LEAST_SPEEDUP, LEAST_MS = 0.95, 0.2
 FAR_BELOW_DB = 10.0  # of what the same plan reached on calibration data: ten times the error
 
 
@@ -237,11 +240,13 @@ def pages(report: Report, plan: Plan) -> dict[str, bytes]:
 
 
 def timed(
-    report: Report, out: Path, recipe: Recipe, drops: Sequence[Drop], evaluate: Evaluate | None, found: Found
-) -> Report:
+    report: Report, out: Path, recipe: Recipe, drops: Sequence[Drop], evaluate: Evaluate | None, found: Found,
+    chosen_here: bool = False,
+) -> Report:  # fmt: skip
     """The report with what the search took here, and what the shipped bundle does, as on a device: its time, memory where a
 
-    limit is on it, metrics.
+    limit is on it, metrics. chosen_here: this machine is the target, and the plan was chosen by times taken here: a bundle that is
+    slower than FP32 is not met.
     """
     bundle = load(out, threads=1)
     time, most = partial(measure, bundle, clock=CPU_SECONDS), recipe.budget.max_ram_bytes
@@ -254,6 +259,8 @@ def timed(
         lines.append(gate.line("max_ram_bytes", float(ram), most))
     if recipe.budget.min_speedup is not None and timing is not None and timing.ratio is not None:
         lines.append(gate.line("speedup", timing.ratio, recipe.budget.min_speedup))
+    elif chosen_here and timing is not None and (ratio := _slower(report, timing)) is not None:
+        lines.append(gate.line("speedup", ratio, LEAST_SPEEDUP, "slower than FP32: no plan that was tried is faster"))
     scores = {} if evaluate is None else _scores(out, evaluate)
     for drop in drops:
         fp32, int8 = scores[drop.metric]
@@ -270,6 +277,13 @@ def timed(
         lines=tuple(lines),
         met=met,
     )
+
+
+def _slower(report: Report, timing: Timing) -> float | None:
+    """int8 over FP32, where it is slower beyond noise, in a model that has anything in int8 and takes long enough to tell."""
+    if timing.ratio is None or timing.fp32_ms is None or not (report.int8_nodes or report.dynamic_nodes):
+        return None
+    return timing.ratio if timing.ratio < LEAST_SPEEDUP and timing.fp32_ms >= LEAST_MS else None
 
 
 def lasting(report: Report, timed: Report) -> Report:

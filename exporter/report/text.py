@@ -70,7 +70,7 @@ def verdict(report: Report) -> str:
     if not (report.int8_nodes or report.dynamic_nodes or report.integer_macs):
         largest = max(report.float_layers, key=lambda layer: layer.macs, default=None)
         return f"{said}, but NOTHING RUNS IN INTEGERS: {largest.reason if largest else 'no layers'}"
-    ratio = None if report.timing is None else report.timing.ratio
+    ratio = None if report.timing is None or "speedup" in said else report.timing.ratio
     return said if ratio is None or ratio >= 1 else f"{said}, but SLOWER than FP32 here ({ratio:.2f}x)"
 
 

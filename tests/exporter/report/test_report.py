@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -23,6 +25,7 @@ from exporter.report import FloatLayer, html, text
 from exporter.report.value import Took
 from exporter.target import X86_VNNI
 from runtime import manifest as manifests
+from runtime.bench import Timing
 from runtime.drift import Drift, OutputDrift
 from tests.exporter import graphs
 from tests.exporter.conftest import Exported
@@ -223,3 +226,38 @@ def test_search_says_what_was_announced_and_what_it_took(exported: Exported) -> 
     assert said in text.search(replace(report, search_took=took))
     one = replace(found, evaluations=1, announced=1)
     assert "1 evaluation in 88 s on" in text.search(replace(report, search=one, search_took=took))
+
+
+@pytest.mark.parametrize(
+    ("ms", "here", "int8", "met"),
+    [
+        ((3.0, 2.0), True, 5, False),
+        ((3.0, 2.0), False, 5, True),  # of another machine's plan nobody knows
+        ((3.0, 2.0), True, 0, True),  # it is the FP32 model
+        ((2.05, 2.0), True, 5, True),  # noise
+        ((0.15, 0.1), True, 5, True),  # too small to tell
+        ((1.0, 2.0), True, 5, True),
+    ],
+)
+def test_bundle_that_is_slower_than_fp32_where_its_plan_was_chosen_is_not_met(
+    ms: tuple[float, float], here: bool, int8: int, met: bool, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = Timing(
+        int8_ms=ms[0], fp32_ms=ms[1], ratio=ms[1] / ms[0], threads=1, rounds=3, cpu="a CPU", onnxruntime="1"
+    )  # fmt: skip
+    make = importlib.import_module("exporter.report.make")
+    monkeypatch.setattr(make, "measure", lambda bundle, clock: taken)
+    before = replace(exported.report, int8_nodes=int8, integer_macs=float(int8 > 0), timing=None)
+    found = make.timed(
+        before,
+        exported.folder,
+        exporter.load_recipe("x86-vnni"),
+        (),
+        None,
+        Mock(announced_seconds=0.0, seconds=0.0),
+        here,
+    )
+    assert found.met is met
+    said = " ".join(str(found).split())
+    assert ("speedup: 0.666667 (at least 0.95), slower than FP32" in said) is not met
+    assert said.count("SLOWER than FP32 here") == (met and ms[0] > ms[1] and int8 > 0)
