@@ -22,7 +22,7 @@ from exporter.errors import RecipeError
 from exporter.forecast import text as forecast_text
 from exporter.pipeline import export
 from exporter.recipe import Recipe, limited, load_recipe, presets
-from exporter.report import Report
+from exporter.report import Report, text
 from exporter.source import Sample, Source, from_file
 from exporter.terminal import Terminal
 from runtime import cpu, files
@@ -47,6 +47,9 @@ targets_app = _app()
 demo_app = _app()
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print all of the report: what was asked, decided, measured.")
+]
 
 
 @export_app.command(epilog="Example: packlight export samples/lite0 --target x86-vnni --out build/lite0")
@@ -127,6 +130,7 @@ def run(
     max_minutes: Annotated[
         float | None, typer.Option(min=0, metavar="MINUTES", help="Time and search for a plan no longer than this.")
     ] = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
@@ -147,13 +151,14 @@ def run(
     report = _export(
         model, limited(chosen, limits), seen, unseen, out, ort, skip_bad, cluster, _evaluate(sample), costs, max_evals, max_minutes
     )  # fmt: skip
-    _finish(report, out, as_json)
+    _finish(report, f"{printable(out)} (report.html has all of it, -v prints it)", verbose, as_json)
 
 
 @demo_app.command(epilog="Example: packlight demo --out build/digits")
 def demo(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep the bundle here.")] = None,
     target: Annotated[str, typer.Option(metavar="NAME", help=f"A preset: {', '.join(presets())}.")] = DEFAULT_RECIPE,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Train a small network on real handwritten digits, export it, and prove the bundle. No network needed."""
@@ -168,7 +173,10 @@ def demo(
         place = out or Path(folder) / "digits"
         seen, unseen = given.data(sample.calibration, None, None), given.data(sample.heldout, None, None)
         report = _export(given.own(sample.source), recipe, seen, unseen, place, evaluate=_evaluate(sample))
-        _finish(report, out, as_json)
+        kept = (
+            printable(out) if out else "not kept: packlight demo --out build/digits keeps it, -v says how it was made"
+        )
+        _finish(report, kept, verbose, as_json, picture=True)
 
 
 @targets_app.command(epilog="Example: packlight targets x86-avx2")
@@ -277,13 +285,16 @@ def _export(
         raise PacklightError(str(stop) or "interrupted; no half-written bundle was left") from None
 
 
-def _finish(report: Report, kept: Path | None, as_json: bool) -> None:
-    """Print the report and where the bundle is kept; exit 0 or 1."""
+def _finish(report: Report, place: str, verbose: bool, as_json: bool, picture: bool = False) -> None:
+    """Print the report, its first rows or all of it, and where the bundle is; exit 0 or 1."""
     if as_json:
         show_json(report.to_json())
     else:
-        typer.echo(lines(str(report)))
-        typer.echo(f"{'bundle':<10}{printable(kept)}" if kept else f"{'keep it':<10}packlight demo --out build/digits")
+        typer.echo(lines(text.summary(report, place)))
+        if picture:
+            typer.echo(text.picture(report))
+        if verbose:
+            typer.echo(lines(str(report)))
     raise typer.Exit(0 if report.met else 1)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from exporter.search import minutes
 
@@ -17,9 +18,52 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 LABEL = 10
+BAR = 40  # characters of the longest bar
 NEAR_DB = 3.0  # what varies has an SNR of its own where it is lower by that
 WORST = 5  # tensors that are named; all of them are in report.json
 NEARLY_ALL = 1e-4  # a smaller share of values outside is not named, unless clipping it costs noticeably
+
+
+def summary(report: Report, place: str) -> str:
+    """What people want to know first, in three rows: the verdict, what int8 is beside FP32, where the bundle is.
+
+    place: of the bundle, in words.
+    """
+    rows = [("verdict", verdict(report)), ("int8", _beside(report)), ("bundle", place)]
+    if report.notes:
+        rows.append(("note", "; ".join(report.notes)))
+    return "\n".join(line for label, words in rows for line in _row(label, words))
+
+
+def picture(report: Report) -> str:
+    """FP32 and int8 beside each other as bars: size, and time where it was taken."""
+    pairs: list[tuple[str, float, float, Callable[[Any], str]]] = [
+        ("size", report.fp32_bytes, report.int8_bytes, _bytes)
+    ]
+    if report.timing is not None and report.timing.fp32_ms is not None:
+        pairs.append(("time", report.timing.fp32_ms, report.timing.int8_ms, lambda ms: f"{ms:.3g} ms"))
+    rows = []
+    for label, fp32, int8, say in pairs:
+        longest = max(fp32, int8) or 1
+        for name, value in ((f"{label:<{LABEL}}FP32", fp32), (f"{'':<{LABEL}}int8", int8)):
+            rows.append(f"{name}  {'█' * max(1, round(BAR * value / longest)):<{BAR}}  {say(value)}")
+    return "\n".join(rows)
+
+
+def _beside(report: Report) -> str:
+    """Size, speed, agreement and coverage of int8 in one sentence."""
+    parts = [f"{_bytes(report.fp32_bytes)} -> {_bytes(report.int8_bytes)}"]
+    if report.timing is not None and report.timing.ratio is not None:
+        parts.append(f"{report.timing.ratio:.2f}x as fast as FP32 here")
+    parts += [f"{metric} {fp32:.4f} -> {int8:.4f}" for metric, (fp32, int8) in report.scores.items()]
+    hardest = min(report.drift.outputs, key=_judged_db, default=None)
+    if hardest is not None:
+        parts.append(f"{hardest.name}: {_drift(hardest)}")
+    return f"{', '.join(parts)}; {_percent(report.integer_macs)} of MACs in integers"
+
+
+def _judged_db(output: OutputDrift) -> float:
+    return output.varying_db if output.by == "reals" else math.inf
 
 
 def render(report: Report) -> str:
