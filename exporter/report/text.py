@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 LABEL = 10
+RANDOM = "RANDOM data: ranges and drift mean nothing"
+OVERLAPS = "ALL of them were calibrated on too: drift is optimistic"
 BAR = 40  # characters of the longest bar
 NEAR_DB = 3.0  # what varies has an SNR of its own where it is lower by that
 WORST = 5  # tensors that are named; all of them are in report.json
@@ -30,8 +32,8 @@ def summary(report: Report, place: str) -> str:
     place: of the bundle, in words.
     """
     rows = [("verdict", verdict(report)), ("int8", _beside(report)), ("bundle", place)]
-    if report.notes:
-        rows.append(("note", "; ".join(report.notes)))
+    warned = [RANDOM] if report.random_data else [f"held-out batches: {OVERLAPS}"] if report.overlapping else []
+    rows += [("note", each) for each in (*warned, *report.notes)]
     return "\n".join(line for label, words in rows for line in _row(label, words))
 
 
@@ -255,14 +257,14 @@ def _corrections(report: Report) -> Iterable[str]:
 def _data(report: Report) -> str:
     text = f"{report.calibration_batches} batches calibrated ({report.ranges_by}), {report.drift.batches} held out"
     if report.overlapping:
-        text += "; ALL of them were calibrated on too: drift is optimistic"
+        text += f"; {OVERLAPS}"
     elif report.repeated_batches:
         text += f" ({report.repeated_batches} more left out: calibration had seen them)"
     text += f"; {report.enough}"
     if report.skipped:
         more = ", ..." if len(report.skipped) > 3 else ""
         text += f"; {len(report.skipped)} pictures skipped: {', '.join(report.skipped[:3])}{more}"
-    return text + ("; RANDOM data: ranges and drift mean nothing" if report.random_data else "")
+    return text + (f"; {RANDOM}" if report.random_data else "")
 
 
 def _coverage(report: Report) -> Iterable[str]:
