@@ -41,7 +41,7 @@ def build(
         written: where the weights lie; the graph must be saved into the same folder.
         context: tokens that there are rotary positions for.
         every: logits of every token, and not of the last alone.
-        also: tensors inside that are to be outputs too, as `input_of` names them.
+        also: tensors inside that are the outputs instead, as `input_of` names them.
     """
     nodes = _Nodes(decoder, written)
     x = nodes.embedding()
@@ -280,11 +280,11 @@ def _model(decoder: Decoder, nodes: _Nodes, every: bool, also: Sequence[str]) ->
         value("attention_mask", INT64, ["batch", "total"]),
         *(value(f"past_key_values.{n}.{side}", FLOAT, cache) for n in range(decoder.layers) for side in sides),
     ]
-    outputs = [
+    logits = [
         value("logits", FLOAT, ["batch", "sequence" if every else 1, decoder.vocabulary]),
         *(value(f"present.{n}.{side}", FLOAT, grown) for n in range(decoder.layers) for side in sides),
-        *(value(name, FLOAT, None) for name in also),
     ]
+    outputs = [value(name, FLOAT, None) for name in also] or logits
     graph = helper.make_graph(nodes.nodes, decoder.model_type, inputs, outputs, list(nodes.initializers.values()))
     versions = [helper.make_opsetid("", 21), helper.make_opsetid(MS, 1)]
     return helper.make_model(graph, opset_imports=versions, ir_version=10, producer_name="packlight")

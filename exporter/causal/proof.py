@@ -17,9 +17,10 @@ import torch
 from exporter import proof
 from exporter.batches import Array
 from exporter.causal.architecture import Decoder
+from exporter.causal.feed import logits
 from exporter.errors import TraceError
 from exporter.quiet import quiet
-from runtime.decode import PAST, Decode
+from runtime.decode import Decode
 from runtime.session import open_session
 
 LENGTHS = (7, 33)
@@ -80,18 +81,6 @@ def prove(model: Any, decoder: Decoder, every: Path, last: Path) -> Proved:
     _greedy(model, decode, ids[:, : lengths[0]], steps)
     _batch(model, Decode(open_session(last), limit, 2), ids[0], lengths)
     return Proved(lengths=lengths, greedy_steps=steps, layers=decoder.layers)
-
-
-def logits(session: Any, decoder: Decoder, ids: Array) -> Array:
-    """Logits of every token, float32 [batch, sequence, vocabulary], by a graph with `every`."""
-    return np.asarray(session.run(["logits"], feed(decoder, ids))[0])
-
-
-def feed(decoder: Decoder, ids: Array) -> dict[str, Array]:
-    """The inputs of a graph for tokens with nothing before them."""
-    nothing = np.zeros((len(ids), decoder.kv_heads, 0, decoder.head_size), np.float32)
-    past = {f"{PAST}{layer}.{side}": nothing for layer in range(decoder.layers) for side in ("key", "value")}
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), **past}
 
 
 def _run(model: Any, ids: Array, mask: Array | None = None) -> Array:

@@ -38,15 +38,12 @@ import onnx_ir as ir
 
 from exporter import graph
 from exporter.batches import Array, Batch
-from exporter.correct import bias, layers, rounding
+from exporter.correct import bias, layers, plane, rounding
 from exporter.place import Plan
 from exporter.qparams import LARGEST, PAIR_LIMIT, Rounded
 
 POSITIONS = 8192  # inputs of a layer that make its H; or PER_COLUMN times K, if that is more
 PER_COLUMN = 6
-DAMPING = 0.03
-MORE_DAMPING = (1, 10, 100, 1000)  # times DAMPING, one after the other, until H has a factor
-BLOCK = 32  # columns whose effect on all later ones is one matrix product
 HELD_BYTES = 256 << 20  # of H at once, float32; layers beyond it wait for another pass over the batches
 WORK_BYTES = 256 << 20  # of what is factored at once, float64, of which five are held
 SLICE_BYTES = 64 << 20  # of inputs at once
@@ -127,31 +124,11 @@ def fit(rows: Array, blocks: Sequence[Array], pair_rule: bool) -> tuple[Array, A
 def _fit(weight: Array, nearest: Array, unit: Array, second: Array, pair_rule: bool) -> Array:
     """Codes of one block, [groups, channels of a group, K]."""
     exact, plain = weight.astype(np.float64), nearest.astype(np.float64)
-    factor = _factor(second)
+    factor = plane.factor(second)
     codes = _nearest_plane(exact, factor, unit, pair_rule)
     # what is no number is worse, too
     better = _error(exact, codes, unit, factor) <= _error(exact, plain, unit, factor)
     return np.where(better[:, :, None], codes, plain).astype(np.int8)
-
-
-def _factor(second: Array) -> Array:
-    """A, lower triangular with H + λ I = A' A, float64 [groups, K, K].
-
-    I for a group that has seen nothing, whose H holds no numbers, or has no factor with all of MORE_DAMPING.
-    """
-    damped = np.array(second, np.float64)
-    damped[~np.isfinite(damped).all(axis=(1, 2))] = 0
-    diagonal = np.arange(damped.shape[1])
-    mean = damped[:, diagonal, diagonal].mean(axis=1, keepdims=True)
-    at_first = damped[:, diagonal, diagonal]
-    for more in MORE_DAMPING:
-        damped[:, diagonal, diagonal] = at_first + np.where(mean > 0, DAMPING * more * mean, 1)
-        try:
-            return np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1].transpose(0, 2, 1)
-        except np.linalg.LinAlgError:
-            if len(damped) > 1:  # each by itself
-                return np.concatenate([_factor(each[None]) for each in second])
-    return np.eye(damped.shape[1])[None]
 
 
 def _error(weight: Array, codes: Array, unit: Array, factor: Array) -> Array:
@@ -162,19 +139,14 @@ def _error(weight: Array, codes: Array, unit: Array, factor: Array) -> Array:
 
 def _nearest_plane(weight: Array, factor: Array, unit: Array, pair_rule: bool) -> Array:
     """The codes, float64 [groups, channels of a group, K]."""
-    columns = weight.shape[2]
-    effect = factor / np.einsum("gkk->gk", factor)[:, :, None]  # A_ji / A_jj
-    exact = np.ascontiguousarray(weight.transpose(0, 2, 1))
-    wanted, codes = exact.copy(), np.empty_like(exact)
-    for first in range(0, columns, BLOCK):
-        stop = min(first + BLOCK, columns)
-        for j in range(first, stop):
-            low, high = _left(codes[:, j - 1]) if pair_rule and j % 2 else (-LARGEST, LARGEST)
-            codes[:, j] = np.clip(np.rint(wanted[:, j] / unit), low, high)
-            error = exact[:, j] - codes[:, j] * unit
-            wanted[:, j + 1 : stop] += effect[:, j + 1 : stop, j, None] * error[:, None]
-        errors = exact[:, first:stop] - codes[:, first:stop] * unit[:, None]
-        wanted[:, stop:] += effect[:, stop:, first:stop] @ errors
+    codes = np.empty_like(weight.transpose(0, 2, 1))
+
+    def real(j: int, wanted: Array) -> Array:
+        low, high = _left(codes[:, j - 1]) if pair_rule and j % 2 else (-LARGEST, LARGEST)
+        codes[:, j] = np.clip(np.rint(wanted[:, j] / unit), low, high)
+        return np.asarray(codes[:, j] * unit)
+
+    plane.nearest(weight, factor, real)
     return codes.transpose(0, 2, 1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from exporter import graph
-from exporter.correct import gptq, rounding
+from exporter.correct import gptq, plane, rounding
 from exporter.qparams import Rounded, dequantize
 from tests.exporter import graphs
 
@@ -27,7 +27,7 @@ def second(x: Array) -> Array:
 
 
 def damped(h: Array) -> Array:
-    return h[0] + gptq.DAMPING * np.trace(h[0]) / len(h[0]) * np.eye(len(h[0]))
+    return h[0] + plane.DAMPING * np.trace(h[0]) / len(h[0]) * np.eye(len(h[0]))
 
 
 def errors(rows: Array, codes: Array, scale: Array, h: Array) -> Array:
@@ -275,8 +275,8 @@ def test_layer_with_constant_inputs_has_the_nearest_codes(pair_rule: bool) -> No
 
 def test_damping_rises_until_a_matrix_factors_that_is_not_definite() -> None:
     h = np.array([[[1, 2, 0], [2, 1, 0], [0, 0, 1]]], np.float32)
-    factor = gptq._factor(h)[0]
-    np.testing.assert_allclose(factor.T @ factor, h[0] + 100 * gptq.DAMPING * np.eye(3), atol=1e-12)
+    factor = plane.factor(h)[0]
+    np.testing.assert_allclose(factor.T @ factor, h[0] + 100 * plane.DAMPING * np.eye(3), atol=1e-12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
