@@ -269,7 +269,7 @@ def write(
             if finish is not None:
                 complete = _listed(folder, *finish(folder, complete))
             require_place(out)  # again: minutes have passed
-            _move(folder, out)
+            move(folder, out)
             return complete
     except OSError as error:
         raise BundleError(
@@ -315,7 +315,7 @@ def _require_runs(folder: Path, out: Path) -> None:
         ) from error
 
 
-def _move(folder: Path, out: Path) -> None:
+def move(folder: Path, out: Path) -> None:
     """Put `folder` in the place of `out`; the old one is moved aside first and comes back whatever stops that."""
     if not out.exists():
         folder.rename(out)

@@ -18,6 +18,10 @@ from rich.console import Console
 from exporter import forecast, given, lint, views
 from exporter import target as targets
 from exporter.budget import Evaluate, parse
+from exporter.causal import folder, limits
+from exporter.causal import pipeline as causal
+from exporter.causal.pipeline import Asked
+from exporter.causal.scheme import SCHEMES
 from exporter.errors import RecipeError
 from exporter.forecast import text as forecast_text
 from exporter.pipeline import export
@@ -130,26 +134,52 @@ def run(
     max_minutes: Annotated[
         float | None, typer.Option(min=0, metavar="MINUTES", help="Time and search for a plan no longer than this.")
     ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Of a language model's weights: {', '.join(SCHEMES)}. Default: mixed."),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
+    if task in ("auto", "text-generation") and folder.is_causal(Path(source)):
+        given.refuse_others(
+            source, {
+                "--target": target, "--recipe": recipe, "--heldout": heldout, "--images": images, "--ort": ort,
+                "--cluster": cluster, "--skip-bad": skip_bad, "--max-ram": max_ram, "--costs": costs,
+                "--min-integer-macs": min_integer_macs, "--max-evals": max_evals, "--max-minutes": max_minutes,
+            },
+        )  # fmt: skip
+        asked = Asked(
+            scheme=scheme or "mixed",
+            calibration=calibration,
+            limits=limits.parse(budgets or (), given.size_bytes(max_size, "--max-size")),
+        )
+        with Terminal() as progress:
+            written = causal.export(source, out, asked, progress)
+        if as_json:
+            show_json(written.to_json())
+        else:
+            typer.echo(f"{lines(str(written))}\n{'bundle':<10}{printable(out)}")
+        raise typer.Exit(0 if written.met else 1)
+    if scheme is not None:
+        raise typer.BadParameter("--scheme is for a causal language model's folder")
     if target and recipe:
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
     named = recipe or target
     said, drops = parse(budgets or ())
-    limits = {
+    most = {
         "max_size_bytes": given.size_bytes(max_size, "--max-size"),
         "max_ram_bytes": given.size_bytes(max_ram, "--max-ram"),
         "min_integer_macs": min_integer_macs,
         **said,
         "metric_drops": tuple(map(str, drops)) or None,
     }
-    asked = load_recipe(named) if named else None
+    read = load_recipe(named) if named else None
     model, seen, unseen, sample = given.model_and_data(source, task, calibration, heldout, images)
-    chosen = asked or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
+    chosen = read or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
     report = _export(
-        model, limited(chosen, limits), seen, unseen, out, ort, skip_bad, cluster, _evaluate(sample), costs, max_evals, max_minutes
+        model, limited(chosen, most), seen, unseen, out, ort, skip_bad, cluster, _evaluate(sample), costs, max_evals, max_minutes
     )  # fmt: skip
     _finish(report, f"{printable(out)} (report.html has all of it, -v prints it)", verbose, as_json)
 

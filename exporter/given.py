@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,6 +111,21 @@ def _fault(function: Callable[..., Any], error: BaseException) -> PacklightError
     where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
     said = f"{type(error).__name__}: {error}"[:200]
     return PacklightError(f"{name_of(function)}() of your file", found=f"{said} ({where})")
+
+
+def refuse_others(source: str, options: Mapping[str, Any]) -> None:
+    """Refuse what a language model's export does not take.
+
+    Raises:
+        RecipeError: names the first option that was given.
+    """
+    for name, value in options.items():
+        if value not in (None, False):
+            raise RecipeError(
+                name,
+                found=f"{source}, a causal language model",
+                expected="--calibration, --scheme, --budget, --max-size, --out",
+            )
 
 
 def size_bytes(size: str | None, flag: str) -> int | None:

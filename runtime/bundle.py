@@ -43,22 +43,37 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     """
     folder = _folder(path)
     listed = _read_manifest(folder)
+    for name in hold_files(folder, listed.files, _may_be_left_off):
+        if name in (manifests.INT8, manifests.FP32):
+            _portable(folder / name)
+    return listed
+
+
+def hold_files(
+    folder: Path, files: Mapping[str, manifests.File], may_miss: Callable[[str, Sequence[str]], bool] | None = None
+) -> list[str]:
+    """Hold every file of a folder against what a manifest lists; the names of those that are there.
+
+    Args:
+        may_miss: (name, all that are there) -> whether that one may be missing.
+
+    Raises:
+        BundleError: a file that is missing, not listed, not a plain file of this folder, or of another size or hash.
+    """
     present = sorted(entry.name for entry in folder.iterdir() if entry.name != manifests.MANIFEST)
     for name in present:
-        if name not in listed.files:
+        if name not in files:
             _refuse(folder / name, found="a file the manifest does not list", do="remove it, or export again")
-    for name, expected in listed.files.items():
+    for name, expected in files.items():
         file = folder / name
-        if name not in present and _may_be_left_off(name, present):
+        if name not in present and may_miss is not None and may_miss(name, present):
             continue
         _plain_file(file)
         if (size := file.stat().st_size) != expected.size_bytes:
             _refuse(file, found=f"{size} bytes", expected=f"{expected.size_bytes}", do="copy the bundle again")
         if (found := manifests.digest(file)) != expected:
             _refuse(file, found=f"SHA-256 {found.sha256}", expected=expected.sha256, do="copy the bundle again")
-        if name in (manifests.INT8, manifests.FP32):
-            _portable(file)
-    return listed
+    return present
 
 
 def load(
@@ -306,6 +321,11 @@ def _read_manifest(folder: Path) -> Manifest:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BundleError(str(file), path=str(file), found="bytes that are not UTF-8", expected="JSON") from error
+    if manifests.is_language(folder):
+        _refuse(
+            file, found="a language model", expected="a bundle of arrays in and out",
+            do="packlight run BUNDLE --prompt TEXT, packlight chat and packlight check take it, and runtime.load",
+        )  # fmt: skip
     return manifests.loads(text, str(file))
 
 

@@ -1,4 +1,4 @@
-"""packlight export | demo | check | bench | run | explain: parse, one call, print. No logic.
+"""packlight export | demo | check | bench | run | chat | explain: parse, one call, print. No logic.
 
 Exit status: 0 met, 1 not met, 2 could not run. What could not run is one line on stderr; with PACKLIGHT_TRACEBACK=1 a fault of
 nobody's has its traceback above it.
@@ -7,8 +7,10 @@ nobody's has its traceback above it.
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 import warnings
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,7 +23,8 @@ from runtime.bundle import load
 from runtime.errors import PacklightError, install
 from runtime.explain import explain as explain_bundle
 from runtime.explain import explain_file
-from runtime.manifest import canonical
+from runtime.manifest import canonical, is_language
+from runtime.opened import language
 from runtime.printable import lines, printable
 from runtime.probe import read_arrays, write_arrays
 
@@ -58,6 +61,9 @@ Share = Annotated[
         help="Ask for this share of MACs, 0..1, in integer kernels.",
     ),
 ]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens of the answer at most.")]
+Temperature = Annotated[float, typer.Option(min=0, metavar="T", help="0 is the likeliest token each time.")]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Of the draws; the same one draws the same text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the value the API returns, as JSON.")]
 
 
@@ -161,6 +167,9 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Run the bundle's own probe here: hold drift and integer share against its budget, and this device against the export."""
+    if is_language(bundle):
+        _refuse_options(bundle, {"--ort": ort, "--strict": strict, "--min-integer-macs": min_integer_macs})
+        return _check_language(bundle, {"--junit": junit, "--markdown": markdown}, threads, as_json)
     wanted = [(file, flag, text) for file, flag, text in (
         (junit, "--junit", gate.junit), (markdown, "--markdown", gate.markdown),
     ) if file is not None]  # fmt: skip
@@ -198,13 +207,34 @@ def bench(
 @app.command(epilog="Example: packlight run build/lite0 inputs.npz --out outputs.npz")
 def run(
     bundle: Folder,
-    inputs: Annotated[Path, typer.Argument(metavar="INPUTS.npz", help="One array per input, under its name.")],
+    inputs: Annotated[
+        Path | None, typer.Argument(metavar="[INPUTS.npz]", help="One array per input, under its name.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="OUT.npz", help="Write the outputs, each under its name.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What a language model is to go on with.")] = None,
+    tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
     ort: Ort = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Run the int8 model on one batch of inputs."""
+    """Run the model on one batch of inputs, or a language model on a prompt."""
+    if is_language(bundle):
+        _refuse_options(bundle, {"INPUTS.npz": inputs, "--out": out, "--ort": ort})
+        if prompt is None:
+            raise PacklightError(
+                str(bundle), found="no --prompt", expected="a text that the language model goes on with"
+            )
+        model = language(bundle, threads)
+        pieces = model.generate(prompt, tokens, temperature=temperature, seed=seed)
+        if as_json:
+            return typer.echo(canonical({"text": "".join(pieces)}), nl=False)
+        _stream(pieces)
+        return None
+    if prompt is not None or inputs is None:
+        found = "--prompt" if prompt is not None else "no INPUTS.npz"
+        raise PacklightError(str(bundle), found=found, expected="arrays: packlight run BUNDLE INPUTS.npz")
     if out is not None:
         files.require_file(out, "--out")
     outputs = load(bundle, threads, ort=ort).run(read_arrays(inputs))
@@ -215,6 +245,67 @@ def run(
         views.show_json(canonical(views.outputs_table(outputs)))
     else:
         views.show(views.outputs(outputs))
+
+
+@app.command(epilog="Example: packlight chat build/gemma --temperature 0.7")
+def chat(
+    bundle: Folder,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before it begins.")] = None,
+    tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    seed: Seed = None,
+    threads: Threads = None,
+) -> None:
+    """Talk with a language model that has a chat template; an empty line or Ctrl-D ends it. [dim]Needs packlight\\[chat].[/dim]"""
+    model = language(bundle, threads)
+    said = [] if system is None else [{"role": "system", "content": system}]
+    model.chat([*said, {"role": "user", "content": "."}])  # no template, or none that works: told before the first line
+    while line := _asked():
+        said.append({"role": "user", "content": line})
+        answer = _stream(model.generate(said, tokens, temperature=temperature, seed=seed))
+        said.append({"role": "assistant", "content": answer})
+
+
+def _asked() -> str:
+    """A line from the terminal; empty at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(pieces: Iterable[str]) -> str:
+    """Print text as it comes, and give all of it."""
+    parts = []
+    for piece in pieces:
+        typer.echo(lines(piece.expandtabs(4)), nl=False)
+        sys.stdout.flush()
+        parts.append(piece)
+    typer.echo("")
+    return "".join(parts)
+
+
+def _check_language(bundle: Path, wanted: Mapping[str, Path | None], threads: int | None, as_json: bool) -> None:
+    from runtime import language_check
+
+    texts = {"--junit": language_check.junit, "--markdown": language_check.markdown}
+    for flag, file in wanted.items():
+        if file is not None:
+            files.require_file(file, flag)
+    model = language(bundle, threads)
+    verdict, name = language_check.check(model), model.manifest.name
+    for flag, file in wanted.items():
+        if file is not None:
+            files.write(file, texts[flag](verdict, name), flag)
+    typer.echo(verdict.to_json() if as_json else language_check.markdown(verdict, name), nl=False)
+    raise typer.Exit(0 if verdict.met else 1)
+
+
+def _refuse_options(bundle: Path, options: Mapping[str, object]) -> None:
+    """Refuse what is given to a language model and is not for one."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise PacklightError(name, found=f"{bundle}, a language model", expected="a bundle of arrays in and out")
 
 
 @app.command(epilog="Example: packlight explain build/lite0 --as x86-avx2")

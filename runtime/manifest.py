@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ MANIFEST, INT8, FP32, PROBE = "manifest.json", "model.int8.onnx", "model.fp32.on
 ORT, OPERATORS = "model.int8.ort", "required_operators_and_types.config"
 DATA = ".data"  # behind a model's name: the file with its large weights, which protobuf could not hold
 OPTIONAL = frozenset({FP32})
+LANGUAGE = "causal-lm"  # the kind that a language model's manifest says it is: runtime/language_manifest.py
 FORMS = (INT8, ORT)  # of the int8 model; where the manifest lists both, a device needs one
 
 # The tensor types that both numpy and ONNX have.
@@ -158,6 +160,15 @@ def _plain(value: object) -> object:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value
+
+
+def is_language(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder's manifest says that it is a language model's; of one that cannot be read it does not."""
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as opened:
+            return re.search(rf'^ "kind": "{LANGUAGE}",?$', opened.read(16 << 20), re.MULTILINE) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def dumps(manifest: Manifest) -> str:

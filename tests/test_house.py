@@ -23,7 +23,14 @@ STANDARD = set(sys.stdlib_module_names)
 PACKAGES = ("exporter", "runtime")
 
 # module of the runtime: what it may import besides the standard library, numpy and onnxruntime
-TERMINAL = {"preprocess": {"PIL"}, "cli": {"typer", "rich"}, "views": {"typer", "rich"}, "__main__": {"typer", "rich"}}
+TERMINAL = {
+    "preprocess": {"PIL"},
+    "language": {"tokenizers"},
+    "chat": {"jinja2"},
+    "cli": {"typer", "rich"},
+    "views": {"typer", "rich"},
+    "__main__": {"typer", "rich"},
+}
 OWN_TERMINAL = {"cli", "terminal", "views"}
 EXPORTERS = {
     "runtime", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "networkx", "pydantic", "jinja2",

@@ -143,7 +143,7 @@ def manifest(
         budget=_budget(recipe),
         judged={output.name: _judged(output) for output in recorded.drift.outputs if output.name in shipped},
         preprocessing=data.preprocessing(recipes.data(recipe), graph.inputs(prepared.reference)),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -375,7 +375,7 @@ def _count(kernels: Iterable[Kernel]) -> tuple[KernelCount, ...]:
     return tuple(sorted(counts, key=lambda count: (-count.macs, -count.nodes, count.kernel, count.types)))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions that decide what was made."""
     found = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
     for name in ("torch", "numpy", "onnxscript", "packlight"):

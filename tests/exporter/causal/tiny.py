@@ -73,3 +73,29 @@ def edit(folder: Path, **changed: Any) -> None:
     """Change keys of a saved config.json."""
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+
+def with_words(folder: Path, name: str = "llama", **changed: Any) -> Path:
+    """A model with a tokenizer of 320 byte-level tokens, learnt from the default text, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    from exporter.causal import text
+
+    save(folder, name, vocab_size=320, **changed)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(text._default()[:60], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"chat_template": TEMPLATE, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+[{{ message['role'] }}] {{ message['content'] | trim }}
+{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
