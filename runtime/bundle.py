@@ -96,19 +96,41 @@ def load(
     Raises:
         BundleError: see verify(); or ONNX Runtime refuses the model, or the model is not the one the manifest describes.
     """
+    bundle = opened(path, threads, providers, ort=ort)
+    if said := told(bundle, strict):
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+    return bundle
+
+
+def opened(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+    *,
+    ort: bool | None = None,
+) -> Bundle:
+    """load() without its warning."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise BundleError(
             "load", found=repr(path)[:80] if not path else type(path).__name__, expected="the path of a bundle's folder"
         )
-    bundle = Bundle(_folder(path), verify(path), threads, providers, ort=ort)
-    if not bundle.manifest.pair_rule:
-        from runtime.cpu import pairs_in_int16  # here: `import runtime` need not load it
+    return Bundle(_folder(path), verify(path), threads, providers, ort=ort)
 
-        if said := risk(bundle.manifest, pairs_in_int16()):
-            if strict:
-                _refuse(bundle.path, found=said, expected="a CPU with VNNI", do="export with --target portable")
-            warnings.warn(f"{bundle.path}: {said}", RuntimeWarning, stacklevel=2)
-    return bundle
+
+def told(bundle: Bundle, strict: bool) -> str:
+    """What whoever opens the bundle here must be told (see risk()); empty when nothing.
+
+    Raises:
+        BundleError: there is something, and `strict`.
+    """
+    if bundle.manifest.pair_rule:
+        return ""
+    from runtime.cpu import pairs_in_int16  # here: `import runtime` need not load it
+
+    said = risk(bundle.manifest, pairs_in_int16())
+    if said and strict:
+        _refuse(bundle.path, found=said, expected="a CPU with VNNI", do="export with --target portable")
+    return said and f"{bundle.path}: {said}"
 
 
 def risk(manifest: Manifest, pairs_in_int16: bool) -> str:

@@ -229,7 +229,7 @@ def run(
         model = language(bundle, threads)
         pieces = model.generate(prompt, tokens, temperature=temperature, seed=seed)
         if as_json:
-            return typer.echo(canonical({"text": "".join(pieces)}), nl=False)
+            return views.show_json(canonical({"text": "".join(pieces)}))
         _stream(pieces)
         return None
     if prompt is not None or inputs is None:
@@ -297,7 +297,10 @@ def _check_language(bundle: Path, wanted: Mapping[str, Path | None], threads: in
     for flag, file in wanted.items():
         if file is not None:
             files.write(file, texts[flag](verdict, name), flag)
-    typer.echo(verdict.to_json() if as_json else language_check.markdown(verdict, name), nl=False)
+    if as_json:
+        views.show_json(verdict.to_json())
+    else:
+        typer.echo(language_check.markdown(verdict, name), nl=False)
     raise typer.Exit(0 if verdict.met else 1)
 
 

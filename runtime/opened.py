@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,10 @@ def load(
     """
     if isinstance(path, str | os.PathLike) and os.fspath(path) and manifests.is_language(path):
         return language(path, threads, providers, ort=ort)
-    return bundle.load(path, threads, providers, ort=ort, strict=strict)
+    opened = bundle.opened(path, threads, providers, ort=ort)
+    if said := bundle.told(opened, strict):
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+    return opened
 
 
 def language(
