@@ -3,7 +3,8 @@
 1. Functions are inlined; Constant nodes become initializers.
 2. A node whose inputs are all constant is computed now, unless its result is larger than every weight; one that makes a large
    tensor of a small one (ConstantOfShape, Expand, Tile) only where that has SMALL elements at most, for it would be in the file.
-   Identity, Dropout and no-op Cast, Expand, Transpose go.
+   Identity, Dropout and no-op Cast, Expand, Transpose go, and so do x + 0, x - 0, x · 1, x / 1 with constants of any shape: a step
+   that changes nothing would round once more.
    An Identity over a shared initializer is the case that leaves Conv nodes float in ONNX Runtime's quantizer.
 3. Adjacent Relu and Clip become one; Min and Max with constants become Clip.
 4. What nothing reads is removed.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common as passes
@@ -23,6 +25,7 @@ from exporter.prepare.rules import apply
 
 SMALL = 262_144  # elements that may be stored whatever the weights' size: 1 MB in float32
 
+NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 SIMPLIFY = (
     rules.no_op_cast_rule,
     rules.no_op_expand_rule,
@@ -84,9 +87,33 @@ def _may_fold(node: ir.Node) -> bool | None:
     return None if elements <= max(SMALL, given[0].size) else False
 
 
+def _passed(node: ir.Node) -> ir.Value | None:
+    """What an Identity, or a step by a neutral constant that leaves the shape as it is, gives on unchanged."""
+    if graph.op(node) == "Identity":
+        return node.inputs[0]
+    if (neutral := NEUTRAL.get(graph.op(node))) is None:
+        return None
+    sides = [*zip(node.inputs, reversed(node.inputs), strict=True)][: 2 if graph.op(node) in ("Add", "Mul") else 1]
+    for x, other in sides:
+        constant = graph.constant(other)
+        if (
+            x is None
+            or x.shape is None
+            or constant is None
+            or constant.dtype != np.float32
+            or graph.constant(x) is not None
+        ):
+            continue
+        padded = (1,) * (len(x.shape) - constant.ndim) + constant.shape
+        fits = constant.ndim <= len(x.shape) and all(a in (1, b) for a, b in zip(padded, x.shape, strict=True))
+        if fits and constant.size and (constant == neutral).all():
+            return x
+    return None
+
+
 def _drop_identity(model: ir.Model, node: ir.Node) -> bool:
     """Rule 2 for one Identity. One that joins two ends of the graph stays: each end has a name of its own."""
-    x, y = node.inputs[0] if graph.op(node) == "Identity" else None, node.outputs[0]
+    x, y = _passed(node), node.outputs[0]
     is_output = y.is_graph_output()
     if x is None or (is_output and (x.is_graph_input() or x.is_graph_output() or x.is_initializer())):
         return False

@@ -145,3 +145,24 @@ def test_small_node_that_makes_gigabytes_is_not_computed(body: str, left: str) -
     model = graphs.model(text, weights)
     constants.rewrite(model)
     assert body.split("(")[0] in graphs.op_types(model)
+
+
+@pytest.mark.parametrize(
+    "step", ["Mul(r, one)", "Mul(one, r)", "Div(r, one)", "Add(r, none)", "Add(none, r)", "Sub(r, none)"]
+)
+@pytest.mark.parametrize("shape", [(1,), (4,), (1, 4), ()])
+def test_step_that_changes_nothing_is_gone(step: str, shape: tuple[int, ...]) -> None:
+    weights = {"one": np.ones(shape, np.float32), "none": np.zeros(shape, np.float32)}
+    after = simplified(f"(float[N,4] x) => (float[N,4] y) {{ r = Tanh(x)\n s = {step}\n y = Exp(s) }}", weights)
+    assert graphs.op_types(after) == ["Tanh", "Exp"]
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"),
+    [("Mul(r, one)", (1, 1, 4)), ("Add(r, none)", (3, 2, 4)), ("Sub(none, r)", (1,)), ("Div(one, r)", (1,))],
+)
+def test_step_that_makes_axes_or_turns_is_kept(step: str, shape: tuple[int, ...]) -> None:
+    weights = {"one": np.ones(shape, np.float32), "none": np.zeros(shape, np.float32)}
+    rank = "N,4" if len(shape) == 1 else f"{shape[0]},N,4"
+    after = simplified(f"(float[N,4] x) => (float[{rank}] y) {{ r = Tanh(x)\n s = {step}\n y = Exp(s) }}", weights)
+    assert len(graphs.op_types(after)) > 2
