@@ -45,7 +45,7 @@ from benchmarks import breadth_models
 from benchmarks.breadth_models import Architecture, Batch
 from benchmarks.speed import Model, Reader, snr_db
 from exporter import target
-from runtime import bundle, cpu
+from runtime import cpu, verified
 from runtime.bench import CPU_SECONDS, medians_ms
 from runtime.kernels import Kernels, trace
 from runtime.session import NO_ENTRIES, open_session
@@ -101,7 +101,7 @@ def measured(architecture: Architecture) -> Row:
             return replace(row, failed=_told(error), seconds=time.perf_counter() - start)
         row = replace(row, seconds=time.perf_counter() - start)
         fp32 = Model(name="fp32", path=folder / "bundle" / "model.fp32.onnx", entries=NO_ENTRIES)
-        entries = bundle.verify(folder / "bundle").session
+        entries = verified.verify(folder / "bundle").session
         ours = Model(name="packlight", path=folder / "bundle" / "model.int8.onnx", entries=entries)
         plain = Model(name="plain", path=folder / "plain.onnx", entries=NO_ENTRIES)
         try:

@@ -43,7 +43,7 @@ import exporter
 from benchmarks import models, rival_tools
 from benchmarks.speed import Batch, Model
 from exporter import graph, trace
-from runtime import bundle, cpu, drift
+from runtime import cpu, drift, verified
 from runtime.bench import in_turn, seconds
 from runtime.errors import PacklightError
 from runtime.kernels import trace as profile
@@ -124,7 +124,7 @@ def open_onnx(tool: str, folder: Path) -> Model:
     """The tool's ONNX file, packlight's with the entries of its manifest."""
     if tool == OURS:
         path = _file(OURS, folder)
-        return Model(name=tool, path=path / "model.int8.onnx", entries=bundle.verify(path).session)
+        return Model(name=tool, path=path / "model.int8.onnx", entries=verified.verify(path).session)
     return Model(name=tool, path=_file(tool, folder), entries=NO_ENTRIES)
 
 

@@ -24,12 +24,13 @@ from exporter.target import Target
 from runtime import drift
 from runtime import files as places
 from runtime import manifest as manifests
-from runtime.bundle import Bundle, verify
+from runtime.bundle import Bundle
 from runtime.drift import NO_BATCH, NOTHING_KNOWN, Drift, Ground, Totals, Worst
 from runtime.errors import BundleError, PacklightError
 from runtime.kernels import Kernels, trace
 from runtime.manifest import Manifest
 from runtime.probe import Probe, write_probe
+from runtime.verified import verify
 
 # Kernels that give the same bits on every CPU of a family, beside those that compute in integers
 EXACT = frozenset(

@@ -23,8 +23,9 @@ from exporter.correct.rounding import breaks_pair_rule
 from exporter.errors import QuantizeError
 from exporter.target import TARGETS, Target
 from runtime import manifest as manifests
-from runtime.bundle import NOT_PORTABLE, Bundle
+from runtime.bundle import Bundle
 from runtime.kernels import trace
+from runtime.verified import NOT_PORTABLE
 
 Severity = Literal["error", "warning"]
 ONE_CPU, MINUS_128, SHARED, TYPES = "one-cpu-operator", "weight-minus-128", "shared-int8-weight", "types"
@@ -303,8 +304,7 @@ def _dtype(value: ir.Value | None) -> ir.DataType | None:
 
 
 def _one_cpu(model: ir.Model) -> Iterator[Finding]:
-    domain = NOT_PORTABLE.decode()
-    return (_saved_for_one_cpu(node.name or node.op_type) for node in _nodes(model) if node.domain == domain)
+    return (_saved_for_one_cpu(n.name or n.op_type) for n in _nodes(model) if n.domain == NOT_PORTABLE.decode())
 
 
 def _ort_domains(ort: Path) -> Iterator[Finding]:

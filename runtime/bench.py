@@ -52,8 +52,9 @@ def measure(bundle: Bundle, rounds: int = 30, clock: Callable[[], float] = time.
         raise PacklightError("rounds", found=repr(rounds), expected="1 or more, as an int")
     feed = dict(bundle.probes()[0].inputs)
     turns: list[Callable[[], object]] = [lambda: bundle.run(feed)]
-    if (reference := bundle.path / manifests.FP32).exists():
-        session = open_session(reference, threads=bundle.threads, providers=bundle.providers)
+    if (bundle.path / manifests.FP32).exists():
+        with bundle.held(manifests.FP32) as reference:
+            session = open_session(reference, threads=bundle.threads, providers=bundle.providers)
         turns.append(lambda: session.run(None, feed))
     medians = medians_ms(turns, rounds, clock)
     int8_ms, fp32_ms = medians[0], medians[1] if len(medians) > 1 else None

@@ -1,18 +1,21 @@
-"""Open a bundle: folder -> Bundle. Nothing is opened before its name, size and hash are what the manifest says."""
+"""A bundle that is open: arrays in, arrays out. What it reads later is held against its manifest, too."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime import manifest as manifests
+from runtime import trusted, verified
 from runtime.errors import BundleError, InputError, PacklightError
 from runtime.manifest import Manifest, Tensor
-from runtime.session import ORT_ERRORS, open_session
+from runtime.session import ORT_ERRORS, Held, open_session
+from runtime.trusted import refuse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,9 +23,6 @@ if TYPE_CHECKING:
     from runtime.drift import Array
     from runtime.probe import Probe
 
-MANIFEST_BYTES = 16 << 20  # a manifest is a few kB; this bounds what is read before anything is trusted
-# Operators with the channel block of one CPU baked in: on another CPU the outputs are wrong, and nothing says so.
-NOT_PORTABLE = b"com.microsoft.nchwc"
 # ONNX Runtime's type names -> numpy's.
 DTYPE_OF = {
     "tensor(float)": "float32",
@@ -31,49 +31,6 @@ DTYPE_OF = {
     **{f"tensor({name})": name for name in ("bool", "int8", "int16", "int32", "int64")},
     **{f"tensor({name})": name for name in ("uint8", "uint16", "uint32", "uint64")},
 }
-
-
-def verify(path: str | os.PathLike[str]) -> Manifest:
-    """Read a bundle's manifest and hold every file of the folder against it.
-
-    Raises:
-        BundleError: no such folder; a bad manifest (see manifest.loads); a file that is missing and may not be, not listed,
-            not a plain file of this folder, or of another size or hash; a model that only one
-            kind of CPU computes correctly.
-    """
-    folder = _folder(path)
-    listed = _read_manifest(folder)
-    for name in hold_files(folder, listed.files, _may_be_left_off):
-        if name in (manifests.INT8, manifests.FP32):
-            _portable(folder / name)
-    return listed
-
-
-def hold_files(
-    folder: Path, files: Mapping[str, manifests.File], may_miss: Callable[[str, Sequence[str]], bool] | None = None
-) -> list[str]:
-    """Hold every file of a folder against what a manifest lists; the names of those that are there.
-
-    Args:
-        may_miss: (name, all that are there) -> whether that one may be missing.
-
-    Raises:
-        BundleError: a file that is missing, not listed, not a plain file of this folder, or of another size or hash.
-    """
-    present = sorted(entry.name for entry in folder.iterdir() if entry.name != manifests.MANIFEST)
-    for name in present:
-        if name not in files:
-            _refuse(folder / name, found="a file the manifest does not list", do="remove it, or export again")
-    for name, expected in files.items():
-        file = folder / name
-        if name not in present and may_miss is not None and may_miss(name, present):
-            continue
-        _plain_file(file)
-        if (size := file.stat().st_size) != expected.size_bytes:
-            _refuse(file, found=f"{size} bytes", expected=f"{expected.size_bytes}", do="copy the bundle again")
-        if (found := manifests.digest(file)) != expected:
-            _refuse(file, found=f"SHA-256 {found.sha256}", expected=expected.sha256, do="copy the bundle again")
-    return present
 
 
 def load(
@@ -114,7 +71,11 @@ def opened(
         raise BundleError(
             "load", found=repr(path)[:80] if not path else type(path).__name__, expected="the path of a bundle's folder"
         )
-    return Bundle(_folder(path), verify(path), threads, providers, ort=ort)
+    folder = verified.folder_of(path)
+    listed = verified.read_manifest(folder)
+    with ExitStack() as stack:
+        held = verified.hold(folder, listed, stack, verified.form_of(folder, ort))
+        return Bundle(folder, listed, threads, providers, ort=ort, held=held)
 
 
 def told(bundle: Bundle, strict: bool) -> str:
@@ -129,7 +90,7 @@ def told(bundle: Bundle, strict: bool) -> str:
 
     said = risk(bundle.manifest, pairs_in_int16())
     if said and strict:
-        _refuse(bundle.path, found=said, expected="a CPU with VNNI", do="export with --target portable")
+        refuse(bundle.path, found=said, expected="a CPU with VNNI", do="export with --target portable")
     return said and f"{bundle.path}: {said}"
 
 
@@ -167,11 +128,14 @@ class Bundle:
         providers: Sequence[str] | None = None,
         *,
         ort: bool | None = None,
+        held: Held | None = None,
     ) -> None:
+        """Open a verified bundle; `held` is the int8 model, where it was opened already."""
         self.path, self.manifest, self.threads = path, manifest, threads
-        self.model = model = int8_model(path, manifest, ort)
+        self.model = model = verified.int8_model(path, manifest, ort)
         try:
-            self._session = open_session(model, threads=threads, providers=providers, entries=manifest.session)
+            with nullcontext(held) if held is not None else self.held(model.name) as opened:
+                self._session = open_session(opened, threads=threads, providers=providers, entries=manifest.session)
         except BundleError as error:
             if model.name != manifests.ORT:
                 raise
@@ -247,6 +211,24 @@ class Bundle:
             do=f"call run({{{line}}}) with arrays",
         )  # fmt: skip
 
+    def content(self, name: str, most: int = verified.MODEL_BYTES) -> bytes:
+        """A file of the bundle, read now and held against the manifest.
+
+        Raises:
+            BundleError: it is not in the manifest, or not as it was when the bundle was verified; more than `most` bytes.
+        """
+        if name not in self.manifest.files:
+            refuse(self.path / name, found="nothing", expected="a file that the manifest lists")
+        return trusted.held(self.path / name, self.manifest.files[name], most)
+
+    def held(self, name: str) -> AbstractContextManager[Held]:
+        """One of the bundle's models, and the files of its weights, read now and held against the manifest.
+
+        Raises:
+            BundleError: the model or one of those files is not as it was when the bundle was verified.
+        """
+        return verified.held(self.path, self.manifest, name)
+
     def reference(self) -> Callable[[Mapping[str, Array]], dict[str, Array]] | None:
         """A function that runs the FP32 model, opened here; None where the bundle is without it.
 
@@ -257,7 +239,8 @@ class Bundle:
         model = self.path / manifests.FP32
         if not model.exists():
             return None
-        session = open_session(model, threads=self.threads)
+        with self.held(manifests.FP32) as held:
+            session = open_session(held, threads=self.threads)
         _agree(model, "input", session.get_inputs(), self.manifest.inputs)
         _agree(model, "output", session.get_outputs(), self.manifest.outputs)
 
@@ -275,7 +258,7 @@ class Bundle:
         Raises:
             BundleError: not a probe (see read_probe), or its tensors are not the manifest's.
         """
-        from runtime.probe import Probe, read_probe  # here: `import runtime` need not load zipfile
+        from runtime.probe import MOST_BYTES, Probe, read_probe  # here: `import runtime` need not load zipfile
 
         file, inputs = self.path / manifests.PROBE, [name for name, _, _ in self._inputs]
         return tuple(
@@ -284,7 +267,7 @@ class Bundle:
                 fp32=_in_order(probe.fp32, self._outputs, file),
                 int8=_in_order(probe.int8, self._outputs, file),
             )
-            for probe in read_probe(file)
+            for probe in read_probe(file, self.content(manifests.PROBE, MOST_BYTES))
         )
 
 
@@ -299,90 +282,12 @@ def require_opened(given: object, what: str) -> None:
         raise BundleError(what, found=type(given).__name__, expected="a Bundle, from runtime.load", do=do)
 
 
-def int8_model(folder: Path, manifest: Manifest, ort: bool | None = None) -> Path:
-    """The int8 model of a verified bundle, in the form that is asked for, or that is there: the .onnx first.
-
-    Raises:
-        BundleError: the form that was asked for is not there.
-    """
-    if ort is None:
-        ort = not (folder / manifests.INT8).exists()
-    model = folder / (manifests.ORT if ort else manifests.INT8)
-    if ort and manifests.ORT not in manifest.files:
-        _refuse(model, found="nothing", expected="the phone's file", do="export with --ort")
-    if not model.exists():
-        _refuse(
-            model, found="nothing", expected="the int8 model in this form", do="copy that file too, or use the other"
-        )
-    return model
-
-
-def _may_be_left_off(name: str, present: Sequence[str]) -> bool:
-    """Whether a device can do without this file: the reference, and of the two forms of the int8 model one."""
-    if name.endswith(manifests.DATA):  # with its model, and only with it
-        name = name.removesuffix(manifests.DATA)
-        return name not in present and _may_be_left_off(name, present)
-    return name in manifests.OPTIONAL or (name in manifests.FORMS and any(form in present for form in manifests.FORMS))
-
-
-def _folder(path: str | os.PathLike[str]) -> Path:
-    from pathlib import Path  # here: it would be a twentieth of the time of `import runtime`
-
-    return Path(path)
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    file = folder / manifests.MANIFEST
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "no folder"
-        _refuse(folder, found=found, expected="a bundle", do="give the folder that packlight export wrote")
-    _plain_file(file)
-    if (size := file.stat().st_size) > MANIFEST_BYTES:
-        _refuse(file, found=f"{size} bytes", expected=f"at most {MANIFEST_BYTES}")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BundleError(str(file), path=str(file), found="bytes that are not UTF-8", expected="JSON") from error
-    if manifests.is_language(folder):
-        _refuse(
-            file, found="a language model", expected="a bundle of arrays in and out",
-            do="packlight run BUNDLE --prompt TEXT, packlight chat and packlight check take it, and runtime.load",
-        )  # fmt: skip
-    return manifests.loads(text, str(file))
-
-
-def _plain_file(file: Path) -> None:
-    if file.is_symlink() and file.resolve().parent != file.parent.resolve():
-        _refuse(file, found="a link that leaves the bundle", expected="a file in its own folder")
-    if not file.is_file():
-        found = "something that is not a file" if file.exists() else "nothing"
-        _refuse(file, found=found, expected="a file", do="copy the whole bundle, or export again")
-
-
-def _portable(model: Path) -> None:
-    """Refuse a model that names the domain NOT_PORTABLE anywhere; a domain stands in the file as plain text."""
-    import mmap  # here and not above: `import runtime` need not load it
-
-    if not model.stat().st_size:
-        _refuse(model, found="an empty file", expected="an ONNX model")
-    with open(model, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(NOT_PORTABLE) >= 0:
-            do = "export again: the model was saved after ONNX Runtime had optimized it for one CPU"
-            _refuse(model, found=f"operators of {NOT_PORTABLE.decode()}", expected="a model for every CPU", do=do)
-
-
-def _refuse(path: Path, *, found: str, expected: str = "", do: str = "") -> NoReturn:
-    raise BundleError(str(path), path=str(path), found=found, expected=expected, do=do)
-
-
 def _agree(model: Path, role: str, actual: Sequence[Any], listed: Sequence[Tensor]) -> None:
     """Refuse a model whose inputs or outputs are not the manifest's: names, dtypes, ranks."""
     found = {each.name: (DTYPE_OF.get(each.type, each.type), len(each.shape)) for each in actual}
     expected = {tensor.name: (tensor.dtype, len(tensor.shape)) for tensor in listed}
     if found != expected:
-        _refuse(
-            model, found=f"{role}s {found}", expected=f"{expected} (dtype, rank) of the manifest", do="export again"
-        )
+        refuse(model, found=f"{role}s {found}", expected=f"{expected} (dtype, rank) of the manifest", do="export again")
 
 
 def _as_array(value: object, tensor: Tensor) -> Array:
@@ -428,5 +333,5 @@ def _fitting(array: Array, wanted: Any) -> Array:
 
 def _in_order(arrays: Mapping[str, Array], names: Sequence[str], file: Path) -> dict[str, Array]:
     if arrays.keys() != set(names):
-        _refuse(file, found=f"tensors {sorted(arrays)}", expected=f"{sorted(names)}", do="export again")
+        refuse(file, found=f"tensors {sorted(arrays)}", expected=f"{sorted(names)}", do="export again")
     return {name: arrays[name] for name in names}

@@ -47,7 +47,7 @@ def render(model: LanguageModel, messages: Sequence[Mapping[str, str]]) -> str:
         "eos_token": _token(model, model.manifest.end),
     }
     try:
-        template = _sandbox().from_string(file.read_text(encoding="utf-8"))
+        template = _sandbox().from_string(model.text(file.name))
         return _joined(template.generate(given), str(file))
     except SecurityError as error:
         raise InputError(f"{file}: the chat template does what is forbidden", found=str(error)[:200]) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime import trusted
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
 from runtime.kernels import Kernel, Kernels, kernels, trace
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.drift import Array
 
 PLAN = "plan.txt"
+PLAN_BYTES = 64 << 20
 HEADER = "# node | op_type | precision | reason"
 # What ONNX Runtime 1.31 puts around a node's name when it fuses or moves it, and what stands behind a dynamic layer's for
 # the nodes that it is made of.
@@ -51,7 +53,8 @@ class Explanation:
 
 def explain(bundle: Bundle) -> Explanation:
     """Trace the bundle on its probe's first batch and put the plan's precision and reason beside each kernel."""
-    plan = read_plan(bundle.path / PLAN) if PLAN in bundle.manifest.files else {}
+    listed = PLAN in bundle.manifest.files
+    plan = read_plan(bundle.path / PLAN, bundle.content(PLAN, PLAN_BYTES)) if listed else {}
     return _beside(kernels(bundle), plan)
 
 
@@ -70,13 +73,24 @@ def _beside(ran: Kernels, plan: Mapping[str, Planned]) -> Explanation:
     return Explanation(integer_macs=ran.integer_macs, macs=ran.macs, ms=ran.ms, nodes=nodes)
 
 
-def read_plan(path: Path) -> Mapping[str, Planned]:
+def read_plan(path: Path, content: bytes | None = None) -> Mapping[str, Planned]:
     """Read plan.txt: node name -> its line.
 
+    Args:
+        path: of the file.
+        content: its bytes, where they are read already; `path` is then for messages.
+
     Raises:
-        BundleError: another header, or a line that has not four fields.
+        BundleError: not UTF-8, another header, or a line that has not four fields.
     """
-    header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    whole = trusted.read(path, PLAN_BYTES) if content is None else content
+    try:
+        header, *lines = whole.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        found = f"bytes that are not UTF-8, from {error.start} on"
+        raise BundleError(str(path), path=str(path), found=found, expected="the plan's text") from error
+    if lines and not lines[-1]:
+        lines.pop()
     if header != HEADER:
         raise BundleError(f"{path}:1", path=str(path), found=header[:80], expected=HEADER)
     plan: dict[str, Planned] = {}

@@ -387,7 +387,8 @@ def _kernel_error(bundle: Bundle, probes: Sequence[Probe], here: Sequence[Mappin
     model = bundle.path / manifests.INT8
     if not model.exists():
         return None
-    session = open_session(model, threads=bundle.threads, entries={**bundle.manifest.session, **IN_FLOAT})
+    with bundle.held(manifests.INT8) as held:
+        session = open_session(held, threads=bundle.threads, entries={**bundle.manifest.session, **IN_FLOAT})
     names = [tensor.name for tensor in bundle.manifest.outputs]
     in_float = (dict(zip(names, session.run(names, dict(probe.inputs)), strict=True)) for probe in probes)
     return drifts.measure(zip(in_float, here, strict=True), drifts.grounds(bundle.manifest.judged))

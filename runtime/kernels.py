@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.bundle import Bundle, require_opened
 from runtime.errors import PacklightError
-from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session, without
+from runtime.session import NO_ENTRIES, ORT_ERRORS, Held, open_session, without
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,11 +92,12 @@ def kernels(bundle: Bundle, inputs: Mapping[str, Array] | None = None, runs: int
     require_opened(bundle, "kernels")
     feed = bundle.probes()[0].inputs if inputs is None else inputs
     bundle.run(feed)  # names, dtypes and shapes are refused here, in words
-    return trace(bundle.model, feed, threads=bundle.threads or 1, entries=bundle.manifest.session, runs=runs)
+    with bundle.held(bundle.model.name) as model:
+        return trace(model, feed, threads=bundle.threads or 1, entries=bundle.manifest.session, runs=runs)
 
 
 def trace(
-    model: Path,
+    model: Path | Held,
     inputs: Mapping[str, Array],
     *,
     threads: int = 1,
@@ -115,7 +116,7 @@ def trace(
         all others    0: they move or combine elements
 
     Args:
-        model: an ONNX file.
+        model: an ONNX file, or one that was read and held.
         inputs: {name: array}.
         threads: of one operator.
         entries: session config entries, as the target wants them.
@@ -150,7 +151,7 @@ _Nodes = dict[tuple[str, str], list[_Event]]  # (name, number) -> its events, ov
 
 
 def _profile(
-    model: Path, inputs: Mapping[str, Array], threads: int, entries: Mapping[str, str], runs: int
+    model: Path | Held, inputs: Mapping[str, Array], threads: int, entries: Mapping[str, str], runs: int
 ) -> list[_Event]:
     import json  # here and not above, as below
     import tempfile  # here: `import runtime` need not pay for it
@@ -161,7 +162,8 @@ def _profile(
             for _ in range(runs):
                 session.run(None, dict(inputs))
         except ORT_ERRORS as error:
-            raise PacklightError(f"{model}: ONNX Runtime failed while running", found=str(error)[:300]) from error
+            name = model.name if isinstance(model, Held) else model
+            raise PacklightError(f"{name}: ONNX Runtime failed while running", found=str(error)[:300]) from error
         finally:
             written = session.end_profiling()
         with open(written, encoding="utf-8") as file:

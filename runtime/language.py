@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +20,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime import language_manifest as manifests
-from runtime.bundle import MANIFEST_BYTES, hold_files
+from runtime import trusted
 from runtime.decode import Decode
 from runtime.errors import BundleError, InputError, install
 from runtime.language_manifest import LanguageManifest
+from runtime.manifest import MANIFEST_BYTES
 from runtime.sampling import Sampling
 from runtime.session import open_session
+from runtime.verified import hold_files
 
 if TYPE_CHECKING:
     from runtime.drift import Array
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
+TEXT_BYTES = 64 << 20  # of a tokenizer or a template
+LARGE = (manifests.MODEL, f"{manifests.MODEL}.data")  # held while the session opens them
 GROWTH = 256  # a cache is made for a multiple of so many tokens
 UNFINISHED = "�"  # what a tokenizer gives for bytes that are no character yet
 
@@ -42,10 +47,12 @@ def verify(path: str | os.PathLike[str]) -> LanguageManifest:
         BundleError: a bad manifest; a file that is missing, not listed, no plain file, or of another size or hash.
     """
     folder, file = Path(path), Path(path) / manifests.MANIFEST
-    if (size := file.stat().st_size) > MANIFEST_BYTES:
-        raise BundleError(str(file), path=str(file), found=f"{size} bytes", expected=f"at most {MANIFEST_BYTES}")
-    found = manifests.loads(file.read_text(encoding="utf-8"), str(file))
-    hold_files(folder, found.files)
+    try:
+        text = trusted.read(file, MANIFEST_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(str(file), path=str(file), found="bytes that are not UTF-8", expected="JSON") from error
+    found = manifests.loads(text, str(file))
+    hold_files(folder, found.files, later=LARGE)
     return found
 
 
@@ -56,9 +63,13 @@ class LanguageModel:
         self, path: Path, manifest: LanguageManifest, threads: int | None = None, providers: Sequence[str] | None = None
     ) -> None:
         self.path, self.manifest, self.threads = path, manifest, threads
-        self._session = open_session(
-            path / manifests.MODEL, threads=threads, providers=providers, entries=manifest.session
-        )
+        with ExitStack() as stack:
+            for name in LARGE:
+                if name in manifest.files:
+                    stack.enter_context(trusted.steady(path / name, manifest.files[name]))
+            self._session = open_session(
+                path / manifests.MODEL, threads=threads, providers=providers, entries=manifest.session
+            )
         wide = self._session.get_outputs()[0].shape[-1]
         if wide != manifest.vocabulary:
             raise BundleError(str(path), path=str(path), found=f"{wide} logits", expected=f"{manifest.vocabulary}")
@@ -66,6 +77,18 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         return f"LanguageModel({str(self.path)!r}, name={self.manifest.name!r}, scheme={self.manifest.scheme!r})"
+
+    def text(self, name: str) -> str:
+        """A text of the bundle, read now and held against the manifest.
+
+        Raises:
+            BundleError: it is not as it was when the bundle was verified, more than 64 MiB, or not UTF-8.
+        """
+        file = self.path / name
+        try:
+            return trusted.held(file, self.manifest.files[name], TEXT_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(str(file), path=str(file), found="bytes that are not UTF-8", expected="text") from error
 
     def decode(self, capacity: int, rows: int = 1) -> Decode:
         """The decoder with an empty cache of its own, to be driven by hand."""
@@ -89,8 +112,12 @@ class LanguageModel:
         except ImportError as error:
             raise BundleError(str(file), path=str(file), found="no package tokenizers", do=install("text")) from error
         try:
-            found = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises Exception itself
+            found = Tokenizer.from_str(self.text(manifests.TOKENIZER))
+        except BundleError:
+            raise
+        except BaseException as error:  # the library raises Exception itself, and its panics are none
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise BundleError(str(file), path=str(file), found=str(error)[:120], expected="a tokenizer.json") from error
         found.no_padding()
         found.no_truncation()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime as ort
 
-from runtime import cpu, language_probe
+from runtime import cpu, language_probe, trusted
 from runtime import language_manifest as manifests
 from runtime.errors import DriftExceeded
 from runtime.exported import Line, number
@@ -23,6 +23,7 @@ from runtime.language import greedy
 from runtime.language_manifest import Limits, Loss
 from runtime.manifest import Machine, canonical
 from runtime.printable import printable
+from runtime.probe import MOST_BYTES
 
 if TYPE_CHECKING:
     from runtime.cpu import Cpu
@@ -66,7 +67,8 @@ class LanguageVerdict:
 def check(model: LanguageModel) -> LanguageVerdict:
     """Run the bundle's prompts here and hold them against what was recorded."""
     about = model.manifest
-    said = language_probe.read(model.path / manifests.PROBE, about.vocabulary)
+    file = model.path / manifests.PROBE
+    said = language_probe.read(file, about.vocabulary, trusted.held(file, about.files[file.name], MOST_BYTES))
     decode = model.decode(max(len(each.prompt) + len(each.tokens) for each in said))
     heard = [greedy(decode, each.prompt[None], len(each.tokens)) for each in said]
     errors = np.concatenate([logits[each.at] - each.logits for each, (_, logits, _) in zip(said, heard, strict=True)])

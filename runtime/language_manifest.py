@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from runtime import strict
 from runtime.errors import BundleError
-from runtime.manifest import ENTRIES, ENTRY_NAMESPACES, HEX, LANGUAGE, PLAIN_NAME, File, Machine, canonical
+from runtime.manifest import HEX, LANGUAGE, File, Machine, canonical, entry_fault, name_fault
 
 FORMAT = 1
 MANIFEST, MODEL, WEIGHTS = "manifest.json", "model.onnx", "model.onnx.data"
@@ -94,14 +95,7 @@ def loads(text: str, where: str) -> LanguageManifest:
     Raises:
         BundleError: not strict JSON, a newer format, an unknown or missing key, a wrong type or value; names the place.
     """
-    import json
-
-    try:
-        root = json.loads(
-            text, parse_constant=lambda constant: _no(where, f"{constant}, which is not JSON", "a number")
-        )
-    except (ValueError, RecursionError) as error:
-        raise BundleError(where, path=where, found=str(error)[:120], expected="strict JSON") from error
+    root = strict.parse(text, where)
     if isinstance(root, dict) and isinstance(root.get("format"), int) and root["format"] > FORMAT:
         _no(f"{where}:format", str(root["format"]), f"{FORMAT} or less", "made by a newer packlight; upgrade it here")
     found: LanguageManifest = _read(LanguageManifest, root, where)
@@ -113,16 +107,16 @@ def _check(found: LanguageManifest, where: str) -> None:
     if (found.kind, found.format) != (LANGUAGE, FORMAT):
         _no(f"{where}:kind", f"{found.kind} {found.format}", f"{LANGUAGE} {FORMAT}")
     for name, file in found.files.items():
-        if not re.fullmatch(PLAIN_NAME, name) or name == MANIFEST or ".." in name:
-            _no(f"{where}:files.{name}", "a name that is not allowed", "a plain file name in the bundle's own folder")
+        if fault := name_fault(name, found.files):
+            _no(f"{where}:files.{name}", fault, "a plain file name in the bundle's own folder")
         if not re.fullmatch(HEX, file.sha256) or file.size_bytes < 0:
             _no(f"{where}:files.{name}", "no SHA-256 and size", "64 lower-case hexadecimal digits, 0 or more bytes")
     for name in REQUIRED:
         if name not in found.files:
             _no(f"{where}:files.{name}", "nothing", "this file")
-    for key in found.session:
-        if key not in ENTRIES and not key.startswith(ENTRY_NAMESPACES):
-            _no(f"{where}:session.{key}", "an entry no bundle may set", "one of those in docs/format.md")
+    for key, value in found.session.items():
+        if fault := entry_fault(key, value):
+            _no(f"{where}:session.{key}", fault, "one of those in docs/format.md")
     for name in ("vocabulary", "context", "layers"):
         if getattr(found, name) < 1:
             _no(f"{where}:{name}", str(getattr(found, name)), "1 or more")

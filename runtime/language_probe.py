@@ -6,7 +6,6 @@ Keys are `0000/prompt` and so on: the number of the prompt, and a field of `Said
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +48,13 @@ def write(path: Path, said: Sequence[Said]) -> None:
     write_arrays(path, {f"{n:04d}/{name}": getattr(each, name) for n, each in enumerate(said) for name in FIELDS})
 
 
-def read(path: Path, vocabulary: int) -> tuple[Said, ...]:
-    """Read probe.npz.
+def read(path: Path, vocabulary: int, content: bytes | None = None) -> tuple[Said, ...]:
+    """Read probe.npz; `content` is its bytes, where they are read already.
 
     Raises:
         BundleError: no such file, other keys, dtypes or lengths, a token outside the vocabulary, NaN or infinity.
     """
-    arrays = read_arrays(path, compression=zipfile.ZIP_STORED)
+    arrays = read_arrays(path, content, stored=True)
     count = len(arrays) // len(FIELDS)
     if not count or set(arrays) != {f"{number:04d}/{name}" for number in range(count) for name in FIELDS}:
         raise BundleError(

@@ -12,11 +12,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 
+from runtime import strict
 from runtime.errors import BundleError
 from runtime.exported import Exported
 from runtime.exported import read as _exported
@@ -32,6 +33,7 @@ FORMAT = 2
 READABLE = (1, FORMAT)  # 1 says nothing of the export's verdict
 MANIFEST, INT8, FP32, PROBE = "manifest.json", "model.int8.onnx", "model.fp32.onnx", "probe.npz"
 ORT, OPERATORS = "model.int8.ort", "required_operators_and_types.config"
+MANIFEST_BYTES = 16 << 20  # a manifest is a few kB; this bounds what is read before anything is trusted
 DATA = ".data"  # behind a model's name: the file with its large weights, which protobuf could not hold
 OPTIONAL = frozenset({FP32})
 LANGUAGE = "causal-lm"  # the kind that a language model's manifest says it is: runtime/language_manifest.py
@@ -42,10 +44,11 @@ DTYPES = frozenset(
     {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"}
 )
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"  # no folder, not hidden, the same on every file system
+RESERVED = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)"  # devices on Windows, with any suffix
 HEX = r"[0-9a-f]{64}"
+LONGEST_VALUE = 1024  # of a session entry
 # Session entries that change how a model computes, and neither read nor write files (ONNX Runtime 1.31 has some that do).
-ENTRY_NAMESPACES = ("optimization.", "mlas.")
-ENTRIES = frozenset(
+ENTRIES = {"optimization.disable_specified_optimizers"} | {
     f"session.{name}"
     for name in (
         *("qdqisint8allowed", "x64quantprecision", "disable_quant_qdq", "disable_double_qdq_remover"),
@@ -54,7 +57,7 @@ ENTRIES = frozenset(
         *("disable_prepacking", "set_denormal_as_zero", "use_deterministic_compute", "dynamic_block_base"),
         *("intra_op.allow_spinning", "intra_op.spin_duration_us", "intra_op.spin_backoff_max"),
     )
-)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,11 +167,15 @@ def _plain(value: object) -> object:
 
 def is_language(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder's manifest says that it is a language model's; of one that cannot be read it does not."""
+    from pathlib import Path  # here, as trusted: of these `import runtime` need not load the first
+
+    from runtime import trusted
+
     try:
-        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as opened:
-            return re.search(rf'^ "kind": "{LANGUAGE}",?$', opened.read(16 << 20), re.MULTILINE) is not None
-    except (OSError, UnicodeDecodeError):
+        text = trusted.read(Path(folder, MANIFEST), MANIFEST_BYTES).decode("utf-8")
+    except (BundleError, UnicodeDecodeError):
         return False
+    return re.search(rf'^ "kind": "{LANGUAGE}",?$', text, re.MULTILINE) is not None
 
 
 def dumps(manifest: Manifest) -> str:
@@ -187,26 +194,7 @@ def loads(text: str, where: str) -> Manifest:
         BundleError: not strict JSON, a format newer than FORMAT, an unknown or missing key, a wrong type or value; the
             message names the place, as in `manifest.json:inputs[0].dtype`.
     """
-    import json
-
-    try:
-        root = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{where}: not strict JSON", path=where, found=str(error)[:120], do="export the bundle again"
-        ) from error
-    return _manifest(root, _Place(where))
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice in one object")
-    return found
-
-
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+    return _manifest(strict.parse(text, where), _Place(where))
 
 
 class _Place(NamedTuple):
@@ -338,7 +326,7 @@ def _tensor(value: object, at: _Place) -> Tensor:
 
 
 def _dimension(value: object, at: _Place) -> int | str:
-    if (_is_int(value) and value >= 0) or (isinstance(value, str) and value):
+    if (_is_int(value) and 0 <= value < 2**63) or (isinstance(value, str) and value):
         return value
     import json
 
@@ -348,14 +336,31 @@ def _dimension(value: object, at: _Place) -> int | str:
 def _files(value: object, at: _Place) -> Mapping[str, File]:
     files = _mapping(value, at, _file)
     for name in files:
-        if not re.fullmatch(PLAIN_NAME, name) or name == MANIFEST or ".." in name:
-            at.key(name).refuse(
-                found="a name that is not allowed", expected="a plain file name in the bundle's own folder"
-            )
+        if fault := name_fault(name, files):
+            at.key(name).refuse(found=fault, expected="a plain file name in the bundle's own folder")
     for name in (INT8, PROBE):
         if name not in files:
             at.key(name).refuse(found="nothing", expected="this file")
     return files
+
+
+def name_fault(name: str, names: Collection[str]) -> str:
+    """Why a file of a bundle may not be called so, beside the others; empty where it may."""
+    if not re.fullmatch(PLAIN_NAME, name) or name == MANIFEST or ".." in name:
+        return "a name that is not allowed"
+    if re.match(RESERVED, name, re.IGNORECASE) or name.endswith("."):
+        return "a name that is not a file's on every system"
+    if sum(name.lower() == other.lower() for other in names) > 1:
+        return "two names that differ in case alone"
+    return ""
+
+
+def entry_fault(key: str, value: str) -> str:
+    """Why a bundle may not set this entry of ONNX Runtime; empty where it may."""
+    if key not in ENTRIES:
+        return "an entry no bundle may set"
+    setting = len(value) <= LONGEST_VALUE and value.isascii() and value.isprintable()
+    return "" if setting else f"a value that is no setting of at most {LONGEST_VALUE} characters"
 
 
 def _file(value: object, at: _Place) -> File:
@@ -371,8 +376,8 @@ def _file(value: object, at: _Place) -> File:
 def _session(value: object, at: _Place) -> Mapping[str, str]:
     entries = _mapping(value, at, _text)
     for key in entries:
-        if key not in ENTRIES and not key.startswith(ENTRY_NAMESPACES):
-            at.key(key).refuse(found="an entry no bundle may set", expected="one of those in docs/format.md")
+        if fault := entry_fault(key, entries[key]):
+            at.key(key).refuse(found=fault, expected="one of those in docs/format.md")
     return entries
 
 

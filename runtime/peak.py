@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from runtime.bundle import Bundle, verify
+from runtime.bundle import Bundle
 from runtime.probe import read_probe
+from runtime.verified import verify
 
 
 def held(key: str) -> int:

@@ -6,7 +6,6 @@ Keys are `0000/input/NAME`, `0000/fp32/NAME`, `0000/int8/NAME`: batch number, ro
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime import npz, trusted
 from runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from runtime.drift import Array
 
 ROLES = ("input", "fp32", "int8")
+MOST_BYTES = 1 << 30  # of probe.npz, which is read into memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +44,20 @@ def write_probe(path: Path, probes: Iterable[Probe]) -> None:
     write_arrays(path, dict(keyed))
 
 
-def read_probe(path: Path) -> tuple[Probe, ...]:
+def read_probe(path: Path, content: bytes | None = None) -> tuple[Probe, ...]:
     """Read probe.npz, one Probe a batch, in order.
 
+    Args:
+        path: of the file.
+        content: its bytes, where they are read already; `path` is then for messages.
+
     Raises:
-        BundleError: not such a file, compressed members (a few bytes could fill the memory), pickled arrays, a key that
-            is not ours, a batch number left out, no batch at all.
+        BundleError: not such a file, compressed members (a few bytes could fill the memory), other things than numbers, a key
+            that is not ours, a batch number left out, no batch at all.
     """
     batches: dict[int, dict[str, dict[str, Array]]] = {}
-    for key, array in read_arrays(path, compression=zipfile.ZIP_STORED).items():
+    whole = trusted.read(path, MOST_BYTES) if content is None else content
+    for key, array in read_arrays(path, whole, stored=True).items():
         number, role, name = _split(key, path)
         batches.setdefault(number, {each: {} for each in ROLES})[role][name] = array
     if not batches or sorted(batches) != list(range(len(batches))):
@@ -79,23 +85,23 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def read_arrays(path: Path, compression: int | None = None) -> dict[str, Array]:
-    """Read named arrays from .npz, never a pickle; with `compression`, only members of that one of zipfile's methods.
+def read_arrays(path: Path, content: bytes | None = None, *, stored: bool = False) -> dict[str, Array]:
+    """Read named arrays from .npz: numbers only, and never a pickle.
+
+    Args:
+        path: of the file.
+        content: its bytes, where they are read already; `path` is then for messages.
+        stored: refuse compressed members.
 
     Raises:
-        BundleError: no such file, another format, pickled arrays, another compression.
+        BundleError: no such file, another format, other things than numbers, members that unfold to more than npz allows.
     """
+    whole = trusted.read(path, npz.MOST_BYTES) if content is None else content
     try:
-        with zipfile.ZipFile(path) as archive:
-            methods = {member.compress_type for member in archive.infolist()}
-        if compression is not None and methods - {compression}:
-            raise BundleError(str(path), path=str(path), found="compressed arrays", expected="stored ones")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise BundleError(
-            str(path), path=str(path), found=str(error)[:200], expected="an .npz file of plain arrays"
-        ) from error
+        return npz.arrays(whole, stored)
+    except (ValueError, MemoryError) as error:
+        found = str(error)[:200] or type(error).__name__
+        raise BundleError(str(path), path=str(path), found=found, expected="an .npz file of plain arrays") from error
 
 
 def _split(key: str, path: Path) -> tuple[int, str, str]:

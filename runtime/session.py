@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_native
 from runtime.errors import BundleError, PacklightError
 
 if TYPE_CHECKING:
+    import mmap
     from pathlib import Path
 
 PROVIDERS = ("CPUExecutionProvider",)
@@ -25,6 +28,18 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
 WEIGHTS = "session.model_external_initializers_file_folder_path"  # of a model that is given as bytes
 ERRORS_ONLY = 3  # ONNX Runtime's severity: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A model that was held against what it should be. name: for messages. content: its bytes, or its descriptor's own path.
+
+    beside: {name: content} of the files in which its weights may lie. ONNX Runtime copies what it takes of them.
+    """
+
+    name: str
+    content: bytes | str
+    beside: Mapping[str, bytes | mmap.mmap]
 
 
 def without(entries: Mapping[str, str], optimizer: str) -> dict[str, str]:
@@ -41,7 +56,7 @@ _WEIGHTS_FOLDER: list[str] = []
 
 
 def open_session(
-    model: Path | bytes,
+    model: Path | bytes | Held,
     *,
     threads: int | None = None,
     providers: Sequence[str] | None = None,
@@ -53,7 +68,7 @@ def open_session(
     """Open a model in ONNX Runtime, with every optimization if not told otherwise.
 
     Args:
-        model: an ONNX file, or its bytes.
+        model: an ONNX file, its bytes, or what was read and held: for that ONNX Runtime opens no file.
         threads: of one operator; None is ONNX Runtime's choice (one a physical core).
         providers: execution providers, first choice first; None is the CPU alone.
         entries: session config entries, passed on as they are, also those this module has never heard of.
@@ -85,14 +100,22 @@ def open_session(
         settings.profile_file_prefix = str(profile)
     if optimized is not None:
         settings.optimized_model_filepath = str(optimized)
-    path = "" if isinstance(model, bytes) else str(model)
+    path = "" if isinstance(model, bytes) else model.name if isinstance(model, Held) else str(model)
+    given = model.content if isinstance(model, Held) else model if isinstance(model, bytes) else path
     try:
-        if isinstance(model, bytes) and _WEIGHTS_FOLDER:
+        if isinstance(model, Held):
+            settings.add_session_config_entry(WEIGHTS, os.devnull)  # below which there is no file
+            names, contents = list(model.beside), list(model.beside.values())
+            if names:
+                settings.add_external_initializers_from_files_in_memory(names, contents, list(map(len, contents)))
+        elif isinstance(model, bytes) and _WEIGHTS_FOLDER:
             settings.add_session_config_entry(WEIGHTS, _WEIGHTS_FOLDER[0])
         for key, value in entries.items():
             settings.add_session_config_entry(key, value)
-        return ort.InferenceSession(model if isinstance(model, bytes) else path, settings, providers=wanted)
+        return ort.InferenceSession(given, settings, providers=wanted)
     except ORT_ERRORS as error:
         raise BundleError(
-            f"{path or 'model'}: ONNX Runtime {ort.__version__} cannot open it", path=path, found=str(error)[:300]
+            f"{path or 'model'}: ONNX Runtime {ort.__version__} cannot open it",
+            path=path,
+            found=(str(error).replace(given, path) if isinstance(given, str) else str(error))[:300],
         ) from error

@@ -15,9 +15,9 @@ from exporter.cluster.tasks import grouped
 from exporter.heldout import Outputs
 from runtime import drift
 from runtime import manifest as manifests
-from runtime.bundle import verify
 from runtime.drift import NO_BATCH, NOTHING_KNOWN, Drift, Ground, Totals, Worst, grounds
 from runtime.errors import PacklightError
+from runtime.verified import verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

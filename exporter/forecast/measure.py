@@ -16,10 +16,10 @@ from exporter.forecast.layer import Clips
 from exporter.progress import Progress, Silent
 from runtime import drift
 from runtime import manifest as manifests
-from runtime.bundle import int8_model, verify
 from runtime.drift import Drift
 from runtime.probe import read_probe
 from runtime.session import NO_ENTRIES
+from runtime.verified import int8_model, verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ def test_manifest_of_unbelievable_size_is_not_read(bundle: Path) -> None:
 
 
 def test_newer_format_is_refused_with_what_to_do(bundle: Path) -> None:
-    edit(bundle, lambda root: root.update(format=2))
+    edit(bundle, lambda root: root.update(format=manifests.FORMAT + 1))
     assert "made by a newer packlight; upgrade packlight on this machine" in refusal(bundle)
 
 
@@ -133,13 +133,13 @@ def test_name_that_is_not_a_plain_one_is_refused(bundle: Path, name: str) -> Non
 def test_link_that_leaves_the_folder_is_refused_even_to_equal_bytes(bundle: Path, tmp_path: Path) -> None:
     shutil.move(bundle / manifests.INT8, tmp_path / "outside.onnx")
     (bundle / manifests.INT8).symlink_to(tmp_path / "outside.onnx")
-    assert "model.int8.onnx: found a link that leaves the bundle" in refusal(bundle)
+    assert "model.int8.onnx: found a link, expected a file in its own folder" in refusal(bundle)
 
 
 def test_manifest_that_is_a_link_out_is_refused(bundle: Path, tmp_path: Path) -> None:
     shutil.move(bundle / manifests.MANIFEST, tmp_path / "outside.json")
     (bundle / manifests.MANIFEST).symlink_to(tmp_path / "outside.json")
-    assert "manifest.json: found a link that leaves the bundle" in refusal(bundle)
+    assert "manifest.json: found a link, expected a file in its own folder" in refusal(bundle)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,6 @@ def test_pickle_in_a_sealed_probe_is_refused_and_never_run(bundle: Path, monkeyp
     np.savez(bundle / manifests.PROBE, **{"0000/input/image": np.array([Trap()], dtype=object)})
     models.seal(bundle, models.manifest(Budget()))
     opened = runtime.load(bundle)
-    with pytest.raises(BundleError, match="Object arrays cannot be loaded"):
+    with pytest.raises(BundleError, match="found Python objects, where numbers are expected"):
         runtime.check(opened)
     assert not (bundle.parent / "sprung").exists()
