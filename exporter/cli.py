@@ -138,6 +138,12 @@ def run(
         str | None,
         typer.Option(metavar="NAME", help=f"Of a language model's weights: {', '.join(SCHEMES)}. Default: mixed."),
     ] = None,
+    distill: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="MINUTES", help="Train a language model's block scales so long against FP32's logits."
+        ),
+    ] = 0.0,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -154,6 +160,7 @@ def run(
             scheme=scheme or "mixed",
             calibration=calibration,
             limits=limits.parse(budgets or (), given.size_bytes(max_size, "--max-size")),
+            distill_minutes=distill,
         )
         with Terminal() as progress:
             written = causal.export(source, out, asked, progress)
@@ -162,8 +169,8 @@ def run(
         else:
             typer.echo(f"{lines(str(written))}\n{'bundle':<10}{printable(out)}")
         raise typer.Exit(0 if written.met else 1)
-    if scheme is not None:
-        raise typer.BadParameter("--scheme is for a causal language model's folder")
+    if scheme is not None or distill:
+        raise typer.BadParameter("--scheme and --distill are for a causal language model's folder")
     if target and recipe:
         raise typer.BadParameter("give --target or --recipe, not both: a recipe names its target")
     named = recipe or target

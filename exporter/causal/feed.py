@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,9 @@ import numpy as np
 from exporter.batches import Array
 from exporter.causal.architecture import Decoder
 from runtime.decode import PAST
+
+# float weights stay where the file is mapped; packed for the kernels they would be in memory a second time
+UNPACKED: Mapping[str, str] = MappingProxyType({"session.disable_prepacking": "1"})
 
 
 def logits(session: Any, decoder: Decoder, ids: Array) -> Array:

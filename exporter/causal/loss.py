@@ -14,6 +14,7 @@ import numpy as np
 
 from exporter.batches import Array
 
+ROWS = 32  # tokens at once: with a large vocabulary a window's logits are hundreds of megabytes
 Logits = Callable[[Array], Array]  # int64 [1, tokens] -> float32 [1, tokens, vocabulary]
 
 
@@ -37,11 +38,10 @@ def measure(reference: Logits, candidate: Logits, windows: Iterable[Array]) -> L
     """Run both on each window, int64 [tokens]."""
     tokens, sums = 0, np.zeros(4)
     for window in windows:
-        wanted, got = (_log_softmax(run(window[None])[0, :-1]) for run in (reference, candidate))
-        at = (np.arange(len(wanted)), window[1:])
-        kl = (np.exp(wanted) * (wanted - got)).sum(axis=1, dtype=np.float64)
-        same = wanted.argmax(axis=1) == got.argmax(axis=1)
-        sums += [-wanted[at].sum(dtype=np.float64), -got[at].sum(dtype=np.float64), kl.sum(), same.sum()]
+        wanted, got = (run(window[None])[0, :-1] for run in (reference, candidate))
+        for first in range(0, len(wanted), ROWS):
+            rows = slice(first, first + ROWS)
+            sums += _sums(wanted[rows], got[rows], window[1:][rows])
         tokens += len(wanted)
     fp32, candidates, kl, same = sums / tokens
     return Loss(
@@ -51,6 +51,15 @@ def measure(reference: Logits, candidate: Logits, windows: Iterable[Array]) -> L
         kl=float(kl),
         same_top1=float(same),
     )
+
+
+def _sums(wanted: Array, got: Array, following: Array) -> Array:
+    """Of some tokens: -ln p and -ln q of the token that follows, KL, whether both have the same first choice."""
+    wanted, got = _log_softmax(wanted), _log_softmax(got)
+    at = (np.arange(len(wanted)), following)
+    kl = (np.exp(wanted) * (wanted - got)).sum(dtype=np.float64)
+    same = (wanted.argmax(axis=1) == got.argmax(axis=1)).sum()
+    return np.array([-wanted[at].sum(dtype=np.float64), -got[at].sum(dtype=np.float64), kl, same])
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -20,10 +20,11 @@ import onnx
 from exporter import bundle as bundles
 from exporter import optional
 from exporter.batches import Array
-from exporter.causal import architecture, checkpoint, folder, graph, loss, proof, rounding, text, weights
+from exporter.causal import architecture, checkpoint, distill, folder, graph, loss, proof, rounding, text, weights
 from exporter.causal.architecture import Decoder
 from exporter.causal.checkpoint import Checkpoint
-from exporter.causal.feed import logits
+from exporter.causal.distill import Distilled
+from exporter.causal.feed import UNPACKED, logits
 from exporter.causal.folder import Words
 from exporter.causal.proof import Proved
 from exporter.causal.report import LanguageReport
@@ -58,6 +59,7 @@ class Asked:
     """What a user may say of an export.
 
     scheme: a name of SCHEMES, or a Scheme. calibration: a UTF-8 text file; None is the default text.
+    distill_minutes: for training block scales and norms.
     """
 
     scheme: str | Scheme = "mixed"
@@ -65,6 +67,7 @@ class Asked:
     limits: Limits = field(default_factory=Limits)
     sizes: Sizes = field(default_factory=Sizes)
     context: int = CONTEXT
+    distill_minutes: float = 0.0
 
 
 def export(
@@ -101,6 +104,9 @@ def export(
         bundle = staging / "bundle"
         onnx.save(graph.build(decoder, written, context=context), bundle / manifests.MODEL)
         onnx.save(graph.build(decoder, written, context=context, every=True), bundle / "every.onnx")
+        learnt = optional.attempt(
+            lambda: _distilled(opened, written, staging, given, (asked.distill_minutes, told)), None
+        )
         told.stage("measuring the loss")
         lost = _loss(decoder, staging, given, told)
         said = _said(decoder, staging, given)
@@ -146,7 +152,8 @@ def export(
         met=all(line.met for line in lines),
         fp32_bytes=fp32.bytes,
         bytes=written.bytes,
-        notes=_notes(tried.why, given, decoder, context, asked),
+        distilled=learnt.value,
+        notes=_notes(tried.why, learnt.why, given, (decoder.context, context), asked),
     )
 
 
@@ -258,8 +265,31 @@ def _written(opened: Checkpoint, scheme: Scheme, staging: Path, how: weights.Rou
         return weights.write(opened, scheme, store, round_to=how, progress=told)
 
 
+def _distilled(
+    opened: Checkpoint, written: Written, staging: Path, given: Text, within: tuple[float, Progress]
+) -> Distilled | None:
+    """Train for some minutes on all but the last eighth of the windows, on which it is judged; None for no minutes."""
+    minutes, told = within
+    if not minutes or _is_float(written):
+        return None
+    told.stage(f"training block scales for {minutes:g} minutes")
+    decoder, apart = opened.decoder, max(1, len(given.seen) // 8)
+    fp32 = open_session(staging / "fp32.every.onnx", entries=UNPACKED)
+
+    def judge() -> float:
+        ours = open_session(staging / "bundle" / "every.onnx")
+        windows = given.seen[-apart:]
+        return loss.measure(lambda ids: logits(fp32, decoder, ids), lambda ids: logits(ours, decoder, ids), windows).kl
+
+    return distill.improve(
+        proof.reference(opened.folder), decoder, (staging / "bundle" / manifests.WEIGHTS, written),
+        (given.seen[:-apart], 60 * minutes), (lambda ids: logits(fp32, decoder, ids), judge), told,
+    )  # fmt: skip
+
+
 def _loss(decoder: Decoder, staging: Path, given: Text, told: Progress) -> Loss:
-    both = [open_session(staging / name) for name in ("fp32.every.onnx", "bundle/every.onnx")]
+    names = ("fp32.every.onnx", "bundle/every.onnx")
+    both = [open_session(staging / name, entries=UNPACKED if name == names[0] else SESSION) for name in names]
     windows = told.each(given.unseen, "held-out windows", len(given.unseen))
     found = loss.measure(lambda ids: logits(both[0], decoder, ids), lambda ids: logits(both[1], decoder, ids), windows)
     return Loss(
@@ -277,10 +307,8 @@ def _said(decoder: Decoder, staging: Path, given: Text) -> list[Said]:
     """What the model says to the beginnings of some held-out windows."""
     tokens = min(PROMPT_TOKENS, given.unseen.shape[1] - 1)
     steps = min(STEPS, decoder.context - tokens)
-    fp32, ours = (
-        Decode(open_session(staging / name, threads=1), tokens + steps)
-        for name in ("fp32.last.onnx", f"bundle/{manifests.MODEL}")
-    )
+    fp32 = Decode(open_session(staging / "fp32.last.onnx", threads=1, entries=UNPACKED), tokens + steps)
+    ours = Decode(open_session(staging / "bundle" / manifests.MODEL, threads=1), tokens + steps)
     found = []
     for window in given.unseen[:PROMPTS]:
         prompt = window[None, :tokens]
@@ -331,14 +359,15 @@ def _is_float(written: Written) -> bool:
     return all(each is None for each in written.formats.values())
 
 
-def _notes(why: str, given: Text, decoder: Decoder, context: int, asked: Asked) -> tuple[str, ...]:
+def _notes(why: str, unlearnt: str, given: Text, contexts: tuple[int, int], asked: Asked) -> tuple[str, ...]:
     found = [f"rounded to nearest: GPTQ was not tried, because {why}"] if why else []
+    found += [f"scales are not trained, because {unlearnt}"] if unlearnt else []
     if asked.calibration is None:
         found.append(f"no --calibration: fitted to and judged on {given.name}")
     if given.unknown > 0.01:
         found.append(
             f"{100 * given.unknown:.0f} % of the text's tokens are unknown to the tokenizer: is it the model's language?"
         )
-    if context < decoder.context:
-        found.append(f"context {context} of the model's {decoder.context}")
+    if contexts[1] < contexts[0]:
+        found.append(f"context {contexts[1]} of the model's {contexts[0]}")
     return tuple(found)

@@ -17,7 +17,7 @@ import torch
 from exporter import proof
 from exporter.batches import Array
 from exporter.causal.architecture import Decoder
-from exporter.causal.feed import logits
+from exporter.causal.feed import UNPACKED, logits
 from exporter.errors import TraceError
 from exporter.quiet import quiet
 from runtime.decode import Decode
@@ -66,12 +66,14 @@ def prove(model: Any, decoder: Decoder, every: Path, last: Path) -> Proved:
     rng = np.random.default_rng(SEED)
     limit = max(8, min(decoder.context, 128))
     lengths = tuple(min(each, limit // 2) for each in LENGTHS)
-    whole = open_session(every)
+    whole = open_session(every, entries=UNPACKED)
     ids = rng.integers(0, decoder.vocabulary, (1, lengths[1]))
     for length in lengths:
         got = logits(whole, decoder, ids[:, :length])
         _require_equal(_run(model, ids[:, :length]), got, f"logits of {length} tokens")
-    decode = Decode(open_session(last), limit, 1)
+    del whole  # one session at a time: each holds the model
+    session = open_session(last, entries=UNPACKED)
+    decode = Decode(session, limit, 1)
     one_pass = _run(model, ids)[0]
     decode.step(ids[:, : lengths[0]])
     for at in range(lengths[0], lengths[1]):
@@ -79,7 +81,7 @@ def prove(model: Any, decoder: Decoder, every: Path, last: Path) -> Proved:
         _require_equal(one_pass[at], got[0], f"logits of token {at}, from the cache")
     steps = min(STEPS, limit - lengths[0])
     _greedy(model, decode, ids[:, : lengths[0]], steps)
-    _batch(model, Decode(open_session(last), limit, 2), ids[0], lengths)
+    _batch(model, Decode(session, limit, 2), ids[0], lengths)
     return Proved(lengths=lengths, greedy_steps=steps, layers=decoder.layers)
 
 

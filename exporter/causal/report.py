@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from exporter.causal.distill import Distilled
 from exporter.causal.proof import Proved
 from runtime.exported import Line
 from runtime.language_manifest import Loss
@@ -32,6 +33,7 @@ class LanguageReport:
     met: bool
     fp32_bytes: int
     bytes: int
+    distilled: Distilled | None
     notes: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -62,6 +64,12 @@ def _render(report: LanguageReport) -> Iterator[str]:
     yield from _row(
         "data", f"rounding fitted to {report.calibration}" if report.calibration else "no rounding was fitted"
     )
+    if (learnt := report.distilled) is not None:
+        yield from _row(
+            "trained",
+            f"block scales and norms, {learnt.steps} steps: KL {learnt.before:.4f} -> {learnt.after:.4f} on windows that "
+            f"they were not trained on, {'kept' if learnt.kept else 'not kept'}",
+        )
     yield from _row(
         "loss",
         f"perplexity {loss.fp32_perplexity:.2f} -> {loss.perplexity:.2f} ({100 * loss.rise:+.1f} %), KL {loss.kl:.4f}, same "

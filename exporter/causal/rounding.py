@@ -25,7 +25,7 @@ from exporter.causal import graph
 from exporter.causal.architecture import Decoder
 from exporter.causal.blocks import Blocked, Blocks, fit, in_blocks, nearest
 from exporter.causal.checkpoint import LINEARS, Linear
-from exporter.causal.feed import feed
+from exporter.causal.feed import UNPACKED, feed
 from exporter.causal.scheme import HEAD
 from exporter.causal.weights import Round, Written
 from exporter.correct import plane
@@ -163,7 +163,7 @@ def _sums(
     model = graph.build(short, written, context=windows.shape[1], also=names)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".onnx") as file:
         onnx.save(model, file.name)
-        session = open_session(Path(file.name))
+        session = open_session(Path(file.name), entries=UNPACKED)
     sums: dict[str, Array] = {}
     what = f"inputs of layers {layers[0] + 1} to {end}"
     for window in progress.each(windows, what, len(windows)):

@@ -11,6 +11,8 @@ from exporter.causal.blocks import Blocks
 HEAD, EMBEDDING = "head", "embedding"
 Format = Blocks | None  # None is float32
 INT8 = Blocks(bits=8, size=32, symmetric=True)
+# 8 bits in blocks of 128: a byte in 32 less, and the fastest kernel, for a loss that is small beside that of 4 bits
+WIDE = Blocks(bits=8, size=128, symmetric=True)
 INT4 = Blocks(bits=4, size=32, symmetric=True)
 
 
@@ -42,12 +44,12 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         for each in (
             FLOAT,
             Scheme(name="w8", body=INT8, head=INT8),
-            Scheme(name="w4", body=INT4, head=INT8),
+            Scheme(name="w4", body=INT4, head=WIDE),
             Scheme(
                 name="mixed",
                 body=Blocks(bits=4, size=32),
-                head=INT8,
-                exceptions=(("v", INT8), ("down", INT8)),
+                head=WIDE,
+                exceptions=(("v", WIDE), ("down", WIDE)),  # where 4 bits are heard most
             ),
         )
     }
