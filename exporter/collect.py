@@ -15,9 +15,9 @@ from exporter.calibrate.enough import Enough, Watch
 from exporter.calibrate.memory import Memory
 from exporter.cluster import Cluster
 from exporter.correct import bias
+from exporter.numerics.quantized import Grid
 from exporter.place import Plan
 from exporter.progress import Progress
-from exporter.qparams import Grid
 from exporter.recipe import Calibrate
 
 PLAIN = "minmax"  # the method that clips nothing

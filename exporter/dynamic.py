@@ -24,16 +24,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter import graph, recurrent
 from exporter.batches import Array
+from exporter.numerics.quantized import QuantizedTensor, nearest, per_channel
 from exporter.place import LSTM
 from exporter.prepare import edit
-from exporter.qparams import Rounded, nearest
 
 PRODUCT = "MatMulInteger"
 # what stands behind the name of a weight to name its codes, [K, N]: as the weight lies, or from a Gemm with transB
 AS_IT_IS, TURNED = "_dynamic", "_dynamic_turned"
 
 
-def lay(changed: ir.Model, model: ir.Model, layers: Collection[str], weights: Mapping[str, Rounded]) -> None:
+def lay(changed: ir.Model, model: ir.Model, layers: Collection[str], weights: Mapping[str, QuantizedTensor]) -> None:
     """Let layers of a graph be dynamic; the graph is changed.
 
     Args:
@@ -69,14 +69,14 @@ def lay(changed: ir.Model, model: ir.Model, layers: Collection[str], weights: Ma
     RemoveUnusedNodesPass()(changed)
 
 
-def weights(laid: ir.Model) -> dict[str, Rounded]:
+def weights(laid: ir.Model) -> dict[str, QuantizedTensor]:
     """{weight of the prepared graph: its codes and scales}, of a graph's dynamic layers."""
-    found: dict[str, Rounded] = {}
+    found: dict[str, QuantizedTensor] = {}
     for name, codes, scale in _stored(laid):
         if name.endswith(TURNED):
-            found[name.removesuffix(TURNED)] = Rounded(codes=codes.T, scale=scale, channel_axis=0)
+            found[name.removesuffix(TURNED)] = per_channel(codes.T, scale, 0)
         elif name.endswith(AS_IT_IS):
-            found[name.removesuffix(AS_IT_IS)] = Rounded(codes=codes, scale=scale, channel_axis=1)
+            found[name.removesuffix(AS_IT_IS)] = per_channel(codes, scale, 1)
     return found
 
 

@@ -31,9 +31,9 @@ from exporter import weights as large
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
 from exporter.errors import CalibrationError, QuantizeError
+from exporter.numerics.quantized import Grid, QuantizedTensor, decode, per_channel
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, SHAPE_READERS, Plan
 from exporter.prepare import edit
-from exporter.qparams import Grid, Rounded, dequantize
 from exporter.quiet import quiet
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -45,14 +45,14 @@ ONNXRUNTIME_METHODS = MappingProxyType(
         "entropy": CalibrationMethod.Entropy,
     }
 )
-NOTHING_ROUNDED: Mapping[str, Rounded] = MappingProxyType({})
+NOTHING_ROUNDED: Mapping[str, QuantizedTensor] = MappingProxyType({})
 
 
 def to_int8(
     model: ir.Model,
     plan: Plan,
     ranges: Ranges,
-    rounded: Mapping[str, Rounded] = NOTHING_ROUNDED,
+    rounded: Mapping[str, QuantizedTensor] = NOTHING_ROUNDED,
     gates_on_codes: bool = True,
 ) -> ir.Model:
     """Quantize the nodes that the plan calls int8: activations uint8 per tensor, weights int8 symmetric per channel.
@@ -169,9 +169,9 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return None if batch is None else dict(batch)
 
 
-def weights(quantized: ir.Model) -> dict[str, Rounded]:
+def weights(quantized: ir.Model) -> dict[str, QuantizedTensor]:
     """{weight of the prepared graph: its codes and scales, as they came out}."""
-    found: dict[str, Rounded] = {}
+    found: dict[str, QuantizedTensor] = {}
     for node in quantized.graph:
         codes = graph.constant(node.inputs[0]) if node.op_type == DEQUANTIZE else None
         scale = graph.constant(node.inputs[1]) if codes is not None else None
@@ -179,7 +179,7 @@ def weights(quantized: ir.Model) -> dict[str, Rounded]:
             continue
         axis = node.attributes.get_int("axis", 1) if scale.ndim else 0
         channels = np.broadcast_to(scale, codes.shape[axis] if scale.ndim else codes.shape[0])
-        found[_tensor(node)] = Rounded(codes=codes, scale=channels, channel_axis=axis)
+        found[_tensor(node)] = per_channel(codes, channels, axis)
     return dynamic.weights(quantized) | found
 
 
@@ -212,14 +212,14 @@ def _own_weights(model: ir.Model, plan: Plan) -> ir.Model:
     return clone
 
 
-def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, Rounded]) -> ir.Model:
+def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, QuantizedTensor]) -> ir.Model:
     # what no int8 node reads need not go through the quantizer, which copies all of it
     read = _read_by(model, plan.int8)
     beside = {name: tensor for name, tensor in large.heavy(model).items() if name not in read}
     given = ir.serde.serialize_model(large.inside(large.without(model, beside) if beside else model))
     for initializer in given.graph.initializer:
         if initializer.name in rounded:  # rounding code · scale to nearest gives the code again
-            initializer.CopyFrom(onnx.numpy_helper.from_array(dequantize(rounded[initializer.name]), initializer.name))
+            initializer.CopyFrom(onnx.numpy_helper.from_array(decode(rounded[initializer.name]), initializer.name))
     given.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # ORT then knows that shapes are inferred
     op_types = sorted({decision.op_type for decision in plan.decisions if decision.precision == "int8"})
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder, quiet():
@@ -277,7 +277,7 @@ def _kept(grid: Grid) -> list[dict[str, object]]:
     return [{"quant_type": QuantType.QUInt8, "scale": scale, "zero_point": zero_point}]
 
 
-def _override(weight: Rounded) -> list[dict[str, object]]:
+def _override(weight: QuantizedTensor) -> list[dict[str, object]]:
     """ONNX Runtime's way to say a weight's scale: one entry per channel, the first with the axis."""
     entries: list[dict[str, object]] = [
         {"quant_type": QuantType.QInt8, "scale": scale, "zero_point": np.int8(0)} for scale in weight.scale

@@ -28,9 +28,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporter import bear, graph, place
 from exporter.batches import Batch
 from exporter.budget import Accepts
+from exporter.numerics.quantized import symmetric
 from exporter.place import LSTM, Decision, Plan
 from exporter.prepare import edit
-from exporter.qparams import symmetric
 from exporter.target import Target
 from runtime import drift, gate
 from runtime.drift import NOTHING_KNOWN, Drift, Ground

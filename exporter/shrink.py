@@ -30,8 +30,8 @@ import onnx_ir as ir
 
 from exporter import bear, graph
 from exporter.batches import Array, Batch
+from exporter.numerics.quantized import symmetric
 from exporter.prepare import edit
-from exporter.qparams import symmetric
 from runtime import drift
 from runtime.drift import NOTHING_KNOWN, Ground
 

@@ -51,7 +51,7 @@ SHARED = {
     "batches",
     "split",
     "graph",
-    "qparams",
+    "numerics",
     "proof",
     "recipe",
     "target",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from exporter.qparams import Grid
+from exporter.numerics.quantized import Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

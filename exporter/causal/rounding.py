@@ -1,7 +1,7 @@
 """GPTQ in blocks: a linear layer's codes that make up for each other's errors on calibration text.
 
 The error of y = W x over the text is  e' H e  a row,  H = E[x x'],  e = w - ŵ. Columns are rounded in turn to the nearest
-plane (exporter/correct/plane.py), and a block gets its scale and zero point when its first column is due, from the weights as
+plane (exporter/numerics/plane.py), and a block gets its scale and zero point when its first column is due, from the weights as
 the columns before it have left them, the squared error of each column weighed by H's diagonal.
 
 H is summed layer by layer from the FP32 graph, as many layers at once as HELD_BYTES hold;
@@ -28,7 +28,7 @@ from exporter.causal.checkpoint import LINEARS, Linear
 from exporter.causal.feed import UNPACKED, feed
 from exporter.causal.scheme import HEAD
 from exporter.causal.weights import Round, Written
-from exporter.correct import plane
+from exporter.numerics import plane
 from exporter.progress import Progress, Silent
 from runtime.session import open_session
 

@@ -20,9 +20,9 @@ import onnx_ir as ir
 from exporter import graph
 from exporter.batches import Array
 from exporter.correct import layers
+from exporter.numerics.quantized import QuantizedTensor, decode
 from exporter.place import Plan
 from exporter.prepare import edit
-from exporter.qparams import Rounded, dequantize
 
 
 def channels(model: ir.Model, plan: Plan) -> tuple[tuple[str, int], ...]:
@@ -31,7 +31,7 @@ def channels(model: ir.Model, plan: Plan) -> tuple[tuple[str, int], ...]:
 
 
 def correct(
-    model: ir.Model, plan: Plan, means: Mapping[tuple[str, int], Array], weights: Mapping[str, Rounded]
+    model: ir.Model, plan: Plan, means: Mapping[tuple[str, int], Array], weights: Mapping[str, QuantizedTensor]
 ) -> ir.Model:
     """A clone of the model with corrected biases.
 
@@ -46,7 +46,7 @@ def correct(
         exact, rounded = graph.constant(weight), weights.get(weight.name or "")
         if exact is None or rounded is None:
             continue
-        shift = _mean_error(node, dequantize(rounded).astype(np.float64) - exact, means[_channels(node, x)])
+        shift = _mean_error(node, decode(rounded).astype(np.float64) - exact, means[_channels(node, x)])
         bias = _bias(node)
         if node.op_type != "MatMul" and (len(node.inputs) < 3 or node.inputs[2] is None):
             _set_input(node, 2, edit.initializer(corrected, f"{node.name}_bias", -shift.astype(np.float32)))

@@ -22,9 +22,9 @@ from exporter.correct import bias, gptq, layers, rounding, smooth
 from exporter.correct.rounding import Paired
 from exporter.correct.smooth import Moved
 from exporter.errors import QuantizeError
+from exporter.numerics.quantized import QuantizedTensor, decode
 from exporter.place import Plan
 from exporter.prepare import edit
-from exporter.qparams import Rounded, dequantize
 from exporter.quantize import NOTHING_ROUNDED
 from exporter.target import Target
 from runtime import drift
@@ -42,7 +42,7 @@ class Correction:
     """What one correction did to the worst output's SNR on calibration batches (`graph.unsquashed`), and whether it was kept.
 
     The SNR is of int8 outputs for "smooth", and with real activations for the others. They are tried one on the other, "smooth"
-    first: `before` is with those that were kept before it. The codes of "scale" (`rounding.fit`) and "gptq" come with the
+    first: `before` is with those that were kept before it. The codes of "scale" (`pairing.fit`) and "gptq" come with the
     biases that go with them, if these help.
 
     why: it could not be tried, and has no `after_db` (without outputs to compare no `before_db`), or be quantized.
@@ -76,7 +76,7 @@ class Corrected:
     ranges: Ranges
     means: Mapping[tuple[str, int], Array]
     moved: Moved | None
-    rounded: Mapping[str, Rounded]
+    rounded: Mapping[str, QuantizedTensor]
     shifted: bool
     pair_rule: bool
     paired: tuple[Paired, ...]
@@ -91,7 +91,7 @@ def improve(
     target: Target,
     batches: Sequence[Batch],
     told_apart: Mapping[str, Interval] | None = None,
-    kept: Mapping[str, Rounded] = NOTHING_ROUNDED,
+    kept: Mapping[str, QuantizedTensor] = NOTHING_ROUNDED,
 ) -> Corrected:
     """Quantize with and without each correction and keep the better.
 
@@ -114,7 +114,7 @@ def improve(
 
     given, firm = rounding.kept(model, plan, kept, pair_rule=pairs)
 
-    def nearest(ground: _Ground) -> tuple[_Ground, Mapping[str, Rounded], ir.Model]:
+    def nearest(ground: _Ground) -> tuple[_Ground, Mapping[str, QuantizedTensor], ir.Model]:
         """The codes rounded to nearest, which the quantizer makes itself where no pair rule is asked for; the int8 graph."""
         rounded = {**(rounding.under_pair_rule(ground.model, plan)[0] if pairs else {}), **given}
         return ground, rounded, quantize.to_int8(ground.model, plan, ground.ranges, rounded)
@@ -126,7 +126,7 @@ def improve(
     tried: list[Correction] = []
     ground, plain, int8 = nearest(_Ground(model=model, ranges=ranges, means=means, moved=None))
 
-    def smoothed() -> tuple[Correction, tuple[_Ground, Mapping[str, Rounded], ir.Model]] | None:
+    def smoothed() -> tuple[Correction, tuple[_Ground, Mapping[str, QuantizedTensor], ir.Model]] | None:
         if kept or ranges.kept:
             return None
         apart_from = intervals(model) if told_apart is None else told_apart
@@ -147,14 +147,14 @@ def improve(
         tried.append(_untried("smooth", None, smooth_step.why))
     codes = quantize.weights(int8)
 
-    def corrected(rounded: Mapping[str, Rounded], shifted: bool) -> ir.Model:
+    def corrected(rounded: Mapping[str, QuantizedTensor], shifted: bool) -> ir.Model:
         return bias.correct(ground.model, plan, ground.means, {**codes, **rounded}) if shifted else ground.model
 
-    def measured(rounded: Mapping[str, Rounded], shifted: bool) -> _Weights:
+    def measured(rounded: Mapping[str, QuantizedTensor], shifted: bool) -> _Weights:
         changed = _with_weights(corrected(rounded, shifted), plan, {**codes, **rounded})
         return _Weights(rounded=rounded, shifted=shifted, snr_db=db(changed))
 
-    def either(rounded: Mapping[str, Rounded]) -> _Weights:
+    def either(rounded: Mapping[str, QuantizedTensor]) -> _Weights:
         without = measured(rounded, shifted=False)
         shifted = optional.attempt(lambda: measured(rounded, shifted=True), without).value
         return max((shifted, without), key=lambda each: each.snr_db)
@@ -258,12 +258,12 @@ class _Ground:
 class _Weights:
     """Codes of weights, with or without the biases that go with them, and the worst output's SNR with real activations."""
 
-    rounded: Mapping[str, Rounded]
+    rounded: Mapping[str, QuantizedTensor]
     shifted: bool
     snr_db: float
 
 
-def _with_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -> ir.Model:
+def _with_weights(model: ir.Model, plan: Plan, weights: Mapping[str, QuantizedTensor]) -> ir.Model:
     """A clone whose int8 layers multiply by the numbers that the codes stand for."""
     clone = model.clone()
     made: dict[ir.Value, ir.Value] = {}
@@ -272,7 +272,7 @@ def _with_weights(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -
         if rounded is None:
             continue
         if weight not in made:
-            made[weight] = edit.initializer(clone, f"{weight.name}_rounded", dequantize(rounded))
+            made[weight] = edit.initializer(clone, f"{weight.name}_rounded", decode(rounded))
         node.replace_input_with(1, made[weight])
     return clone
 
@@ -311,7 +311,7 @@ def apart(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
     return [each for number, each in enumerate(batches, 1) if number % every], batches[every - 1 :: every]
 
 
-def _breaks_pair_rule(model: ir.Model, plan: Plan, weights: Mapping[str, Rounded]) -> bool:
+def _breaks_pair_rule(model: ir.Model, plan: Plan, weights: Mapping[str, QuantizedTensor]) -> bool:
     """Whether a kernel that adds pairs in int16 could saturate at any layer."""
     return any(
         (weight := weights.get(value.name or "")) is None or rounding.breaks_pair_rule(node, weight.codes)

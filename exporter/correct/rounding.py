@@ -1,16 +1,7 @@
-"""Round weights under the pair rule, at the scale that costs the least.
+"""Weights of a graph under the pair rule (`numerics.pairing`), in their kernels' order; and what the rule did to them.
 
-Without VNNI, x86's vpmaddubsw multiplies uint8 activations by int8 weights and adds the products of two neighbours in
-int16, which saturates. Neighbours are positions (2k, 2k+1) of the sum over K, in the order the kernel takes it: for Conv
-(kernel position, channel of the group), for MatMul and Gemm along the rows of B. A sum leaves int16 only if two codes of
-one sign add up to more than 128 in magnitude, for 255 · 128 = 32640 < 2¹⁵. So the rule
-
-    |a| + |b| <= 128   for neighbours a, b of one sign
-
-makes full-range weights exact on every x86 since AVX2. Depthwise Conv has a kernel of its own that does not pair.
-
-Per channel the scale is the one of SCALES times max|w|/127 with the least Σ(w - code · scale)²; a pair that breaks the
-rule shares its excess between its two codes.
+Neighbours are positions (2k, 2k+1) of the sum over K: for Conv (kernel position, channel of the group), for MatMul and Gemm
+along the rows of B. Depthwise Conv has a kernel of its own that does not pair.
 """
 
 from __future__ import annotations
@@ -25,12 +16,9 @@ import onnx_ir as ir
 from exporter import graph
 from exporter.batches import Array
 from exporter.correct import layers
+from exporter.numerics.pairing import fit, full_scale, keep
+from exporter.numerics.quantized import QuantizedTensor, per_channel
 from exporter.place import Plan
-from exporter.qparams import LARGEST, NOTHING, PAIR_LIMIT, Rounded
-
-# from a fifth of the largest weights clipped to 7-bit codes, under which no pair can break the rule
-SCALES = np.linspace(0.8, 2.0, 41)
-FULL_RANGE_SCALES = np.linspace(0.8, 1.1, 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +41,15 @@ class Paired:
         return f"pair rule: {share}; weight SNR {self.nearest_db:.1f} -> {self.kept_db:.1f} dB"
 
 
-def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, Rounded], tuple[Paired, ...]]:
+def under_pair_rule(model: ir.Model, plan: Plan) -> tuple[Mapping[str, QuantizedTensor], tuple[Paired, ...]]:
     """{weight initializer: its codes} of each int8 layer whose kernel pairs, and what that cost or won."""
     rounded = _fitted(paired_layers(model, plan), True)
     return rounded, effects(model, plan, rounded)
 
 
 def kept(
-    model: ir.Model, plan: Plan, codes: Mapping[str, Rounded], *, pair_rule: bool
-) -> tuple[dict[str, Rounded], dict[str, Rounded]]:
+    model: ir.Model, plan: Plan, codes: Mapping[str, QuantizedTensor], *, pair_rule: bool
+) -> tuple[dict[str, QuantizedTensor], dict[str, QuantizedTensor]]:
     """Codes that weights came with, of int8 layers: as they are to begin with, and those of them that nothing may change.
 
     Where the rule is asked for, pairs that break it share their excess at the scale that they have: such codes are a beginning.
@@ -72,13 +60,13 @@ def kept(
     firm = dict(first)
     for name, each in first.items():
         if name in paired and breaks_pair_rule(read[name], each.codes):
-            rows = keep_pair_rule(in_kernel_order(read[name], each.codes).astype(np.int32)).astype(np.int8)
+            rows = keep(in_kernel_order(read[name], each.codes).astype(np.int32)).astype(np.int8)
             first[name] = replace(each, codes=from_kernel_order(read[name], rows, each.codes.shape))
             del firm[name]
     return first, firm
 
 
-def at_best_scale(model: ir.Model, plan: Plan, *, pair_rule: bool) -> dict[str, Rounded]:
+def at_best_scale(model: ir.Model, plan: Plan, *, pair_rule: bool) -> dict[str, QuantizedTensor]:
     """{weight initializer: its codes} of every int8 layer, by `fit`; with pair_rule those whose kernel pairs keep it."""
     kept = _fitted(paired_layers(model, plan) if pair_rule else [], True)
     every = [(node, weight) for node, _, weight in layers.weighted(model, plan)]
@@ -86,20 +74,18 @@ def at_best_scale(model: ir.Model, plan: Plan, *, pair_rule: bool) -> dict[str, 
     return {name: found[name] for name in dict.fromkeys(weight.name or "" for _, weight in every)}
 
 
-def _fitted(given: Iterable[tuple[ir.Node, ir.Value]], pair_rule: bool) -> dict[str, Rounded]:
-    rounded: dict[str, Rounded] = {}
+def _fitted(given: Iterable[tuple[ir.Node, ir.Value]], pair_rule: bool) -> dict[str, QuantizedTensor]:
+    rounded: dict[str, QuantizedTensor] = {}
     for node, value in given:
         name, weight = value.name or "", graph.constant(value)
         if weight is None or name in rounded:  # shared by two layers: place lets one axis only be its channels
             continue
         codes, scale = fit(in_kernel_order(node, weight), pair_rule)
-        rounded[name] = Rounded(
-            codes=from_kernel_order(node, codes, weight.shape), scale=scale, channel_axis=channel_axis(node)
-        )
+        rounded[name] = per_channel(from_kernel_order(node, codes, weight.shape), scale, channel_axis(node))
     return rounded
 
 
-def effects(model: ir.Model, plan: Plan, rounded: Mapping[str, Rounded]) -> tuple[Paired, ...]:
+def effects(model: ir.Model, plan: Plan, rounded: Mapping[str, QuantizedTensor]) -> tuple[Paired, ...]:
     """What the pair rule did to each layer whose kernel pairs, by the codes it got; a shared weight counts at its first."""
     first = {value.name or "": (node, value) for node, value in reversed(paired_layers(model, plan))}
     return tuple(
@@ -110,10 +96,10 @@ def effects(model: ir.Model, plan: Plan, rounded: Mapping[str, Rounded]) -> tupl
 
 
 def _effect(node: str, rows: Array, codes: Array, scale: Array) -> Paired:
-    unit = _unit(rows)
+    unit = full_scale(rows)
     nearest = np.rint(rows / unit[:, None])
     pairs = (rows.shape[1] // 2) * len(rows)
-    moved = (keep_pair_rule(nearest) != nearest)[:, : rows.shape[1] // 2 * 2].reshape(len(rows), -1, 2).any(axis=2)
+    moved = (keep(nearest) != nearest)[:, : rows.shape[1] // 2 * 2].reshape(len(rows), -1, 2).any(axis=2)
     return Paired(
         node=node,
         broken=float(moved.sum()) / max(pairs, 1),
@@ -127,12 +113,6 @@ def _snr_db(exact: Array, rounded: Array) -> float:
     return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
-def _unit(rows: Array) -> Array:
-    """The scale per channel at which its largest weight has the largest code, float32 [channels]; 1 for a row of nothing."""
-    largest = np.abs(rows).max(axis=1)
-    return np.where(largest > NOTHING, largest / LARGEST, 1).astype(np.float32)
-
-
 def paired_layers(model: ir.Model, plan: Plan) -> list[tuple[ir.Node, ir.Value]]:
     """(node, W) of the layers whose kernel adds pairs of products in int16: all but depthwise Conv."""
     return [(node, weight) for node, _, weight in layers.weighted(model, plan) if not is_depthwise(node, weight)]
@@ -144,48 +124,10 @@ def is_depthwise(node: ir.Node, weight: ir.Value) -> bool:
     return node.op_type == "Conv" and array is not None and graph.is_depthwise(array.shape, groups)
 
 
-def fit(rows: Array, pair_rule: bool = True) -> tuple[Array, Array]:
-    """Codes and scales of a weight whose rows are channels in the kernel's order.
-
-    Args:
-        rows: float32 [channels, K].
-        pair_rule: whether the codes must keep it; if not, FULL_RANGE_SCALES are tried.
-
-    Returns:
-        codes int8 [channels, K] in -127..127, scale float32 [channels] > 0, also of a row of nothing.
-    """
-    unit = _unit(rows)
-    best = np.full(len(rows), np.inf)
-    scale, codes = unit.copy(), np.zeros(rows.shape, np.int8)
-    for factor in SCALES if pair_rule else FULL_RANGE_SCALES:
-        tried = (unit * np.float32(factor)).astype(np.float32)
-        found = np.clip(np.rint(rows / tried[:, None]), -LARGEST, LARGEST)
-        found = keep_pair_rule(found) if pair_rule else found
-        error = ((rows - found * tried[:, None]).astype(np.float64) ** 2).sum(axis=1)
-        better = error < best
-        best[better], scale[better], codes[better] = error[better], tried[better], found[better].astype(np.int8)
-    return codes, scale
-
-
-def keep_pair_rule(codes: Array) -> Array:
-    """The codes with each offending pair pulled in until |a| + |b| = 128; half of the excess from either.
-
-    Args:
-        codes: whole numbers in -127..127, [channels, K] in the kernel's order; K may be odd, its last has no neighbour.
-    """
-    kept = codes.copy()
-    even = codes.shape[1] // 2 * 2
-    a, b = kept[:, 0:even:2], kept[:, 1:even:2]
-    excess = np.where(a * b > 0, np.maximum(np.abs(a) + np.abs(b) - PAIR_LIMIT, 0), 0)
-    kept[:, 0:even:2] = a - np.sign(a) * np.ceil(excess / 2)
-    kept[:, 1:even:2] = b - np.sign(b) * np.floor(excess / 2)
-    return kept
-
-
 def breaks_pair_rule(node: ir.Node, codes: Array) -> bool:
     """Whether a layer's codes, in the weight's own shape, could saturate in its kernel."""
     rows = in_kernel_order(node, codes).astype(np.int32)
-    return bool((keep_pair_rule(rows) != rows).any())
+    return bool((keep(rows) != rows).any())
 
 
 def in_kernel_order(node: ir.Node, weight: Array) -> Array:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.batches import Array
-from exporter.qparams import PAIR_LIMIT
+from exporter.numerics.pairing import PAIR_LIMIT
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 # 255 * 128 * 512 < 2**24: float32 holds every partial sum of so many products exactly, in whatever order BLAS adds them

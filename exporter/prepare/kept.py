@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from exporter import graph
 from exporter.batches import Array
+from exporter.numerics.quantized import LARGEST, NOTHING, Grid, QuantizedTensor, per_channel
 from exporter.prepare.taken import MOVERS, Taken
-from exporter.qparams import LARGEST, NOTHING, Grid, Rounded
 
 SAMPLED = 64  # elements of a channel that sort out most scales before all are looked at
 NEAR = 1e-3  # of a code: float32 makes less of a product of three factors
@@ -31,7 +31,7 @@ class Kept:
     """
 
     grids: Mapping[str, Grid]
-    weights: Mapping[str, Rounded]
+    weights: Mapping[str, QuantizedTensor]
     anew: Mapping[str, str]
     real: ir.Model | None = None
 
@@ -58,7 +58,7 @@ def found(model: ir.Model, taken: Taken, real: ir.Model) -> Kept:
     return Kept(grids=grids, weights=codes, anew=anew, real=real)
 
 
-def told(model: ir.Model, int8: Collection[str], kept: Kept, rounded: Mapping[str, Rounded]) -> Told:
+def told(model: ir.Model, int8: Collection[str], kept: Kept, rounded: Mapping[str, QuantizedTensor]) -> Told:
     """What the int8 nodes have of it.
 
     Args:
@@ -152,7 +152,7 @@ def _within(grid: Grid, low: float, high: float) -> Grid | None:
     return grid if grid.high <= high + grid.scale / 2 else None
 
 
-def _weights(model: ir.Model, scales: Array) -> dict[str, Rounded]:
+def _weights(model: ir.Model, scales: Array) -> dict[str, QuantizedTensor]:
     """{weight initializer: the codes that its numbers are}, of each layer whose weight they are."""
     read = _layer_weights(model)
     tried = {name: lattice(weight, axis, scales) for name, (weight, axis) in read.items()}
@@ -171,7 +171,7 @@ def _layer_weights(model: ir.Model) -> dict[str, tuple[Array, int]]:
     return found
 
 
-def lattice(weight: Array, channel_axis: int, scales: Array) -> Rounded | None:
+def lattice(weight: Array, channel_axis: int, scales: Array) -> QuantizedTensor | None:
     """The codes of a weight whose channels hold whole multiples, at most 128, of one number each; None where one does not.
 
         |w / s - rint(w / s)| < NEAR        with s = max|w| / m,  m = 1..128
@@ -209,10 +209,7 @@ def lattice(weight: Array, channel_axis: int, scales: Array) -> Rounded | None:
         order[left[~whole], best[~whole]] = np.inf
         left = left[~whole]
     moved = (rows.shape[0], *np.delete(weight.shape, channel_axis))
-    return Rounded(
-        codes=np.ascontiguousarray(np.moveaxis(codes.reshape(moved), 0, channel_axis)), scale=scale,
-        channel_axis=channel_axis,
-    )  # fmt: skip
+    return per_channel(np.ascontiguousarray(np.moveaxis(codes.reshape(moved), 0, channel_axis)), scale, channel_axis)
 
 
 def _whole(rows: Array, unit: Array) -> Array:

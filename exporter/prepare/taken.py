@@ -22,8 +22,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter import graph
 from exporter.batches import Array, Batch
+from exporter.numerics.quantized import Grid
 from exporter.prepare import edit
-from exporter.qparams import Grid
 from runtime import session
 from runtime.errors import BundleError
 

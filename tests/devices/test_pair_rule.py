@@ -18,7 +18,8 @@ import pytest
 
 from exporter import dynamic, graph
 from exporter.correct import rounding
-from exporter.qparams import Rounded
+from exporter.numerics import pairing
+from exporter.numerics.quantized import per_channel
 from runtime import cpu
 from runtime.kernels import trace
 from tests.devices import layers
@@ -28,8 +29,8 @@ from tests.exporter import graphs
 WITHOUT_VNNI = ("avx512", "avx2")
 KINDS: Mapping[str, Callable[[Array], Array]] = {
     "full": lambda rows: rows,
-    "kept": rounding.keep_pair_rule,
-    "shifted": lambda rows: np.hstack([rows[:, :1], rounding.keep_pair_rule(rows[:, 1:])]),
+    "kept": pairing.keep,
+    "shifted": lambda rows: np.hstack([rows[:, :1], pairing.keep(rows[:, 1:])]),
 }
 # name: channels in, channels out, kernel, window
 CONVS: Mapping[str, tuple[int, int, tuple[int, ...], Window]] = {
@@ -187,9 +188,7 @@ def test_full_range_is_exact_with_vnni() -> None:
 def test_conv_pairs_run_over_channels_before_places() -> None:
     random = np.random.default_rng(2)
     rows, x = full_range(random, 16, 45), mostly_255(random, (1, 5, 9, 9))
-    by_channel = (
-        rounding.keep_pair_rule(rows).reshape(16, 5, 3, 3).astype(np.int8)
-    )  # (channel, place): not the kernel's
+    by_channel = pairing.keep(rows).reshape(16, 5, 3, 3).astype(np.int8)  # (channel, place): not the kernel's
     layer = layers.conv(x, by_channel, Window(), Codes())
     with tempfile.TemporaryDirectory(prefix="packlight-layers-") as folder:
         found = layers.outputs("avx2", {"y": layer}, Path(folder))
@@ -242,7 +241,7 @@ def test_dynamic_layer_under_the_rule_is_exact_and_at_full_range_is_not(tmp_path
             text = f"(float[{m},65] x) => (float[{m},{n}] y) {{ [one] y = MatMul(x, w) }}"
             model = graphs.model(text, {"w": weight.astype(np.float32)})
             laid = model.clone()
-            dynamic.lay(laid, model, ["one"], {"w": Rounded(codes=weight, scale=scale, channel_axis=1)})
+            dynamic.lay(laid, model, ["one"], {"w": per_channel(weight, scale, 1)})
             x, y = codes.astype(np.float32) / 64, codes.astype(np.int64) @ weight.astype(np.int64)
             real = y.astype(np.float32) * (np.float32(1 / 64) * scale)
             named[f"{n} {m} {kind}"] = Layer(model=graph.to_bytes(laid), x=x, weight=weight, y=real, paired=real)

@@ -18,8 +18,8 @@ from exporter import dynamic, graph, lint, place, quantize
 from exporter.calibrate import Ranges, observe
 from exporter.correct import bias
 from exporter.errors import RecipeError
+from exporter.numerics.quantized import nearest, per_channel
 from exporter.place import Plan
-from exporter.qparams import Rounded, nearest
 from exporter.recipe import Rule
 from exporter.target import PORTABLE, X86_VNNI
 from runtime.drift import measure
@@ -235,7 +235,7 @@ def test_weight_that_a_dynamic_and_a_static_layer_share_has_one_set_of_codes() -
     model, batch = graphs.model(TWO, WEIGHTS), {"x": graphs.noise(0, 4, 16)}
     plan = planned(model, batch, ("third",))
     ranges = observe(model, plan.tensors, [batch]).ranges
-    given = {"w3": Rounded(codes=np.full((12, 8), 3, np.int8), scale=np.full(8, 0.5, np.float32), channel_axis=1)}
+    given = {"w3": per_channel(np.full((12, 8), 3, np.int8), np.full(8, 0.5, np.float32), 1)}
     int8 = quantize.to_int8(model, plan, ranges, given)
     codes = [array for value in int8.graph.initializers.values() if (array := graph.constant(value)) is not None]
     assert sum(array.dtype == np.int8 and array.shape == (12, 8) and bool((array == 3).all()) for array in codes) == 2
@@ -244,7 +244,7 @@ def test_weight_that_a_dynamic_and_a_static_layer_share_has_one_set_of_codes() -
 def test_dynamic_layer_is_held_against_the_pair_rule() -> None:
     model = graphs.model(TWO, WEIGHTS)
     laid = model.clone()
-    wide = Rounded(codes=np.full((16, 12), 100, np.int8), scale=np.ones(12, np.float32), channel_axis=1)
+    wide = per_channel(np.full((16, 12), 100, np.int8), np.ones(12, np.float32), 1)
     dynamic.lay(laid, model, ("first",), {"w1": wide})
     (found,) = lint.check(laid, PORTABLE)
     assert (found.rule, found.node, found.severity) == ("pair-rule", "first", "error")

@@ -10,9 +10,9 @@ import pytest
 from exporter import graph, place, quantize
 from exporter.calibrate import Range, observe
 from exporter.errors import QuantizeError
+from exporter.numerics.quantized import decode, per_channel
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, Decision, Plan
 from exporter.prepare import constants, unshare
-from exporter.qparams import Rounded, dequantize
 from exporter.recipe import Rule
 from exporter.target import X86_VNNI, Target
 from runtime import drift
@@ -163,7 +163,7 @@ def test_given_codes_come_out_as_they_are() -> None:
         "(float[N,3,6,6] x) => (float[N,8,4,4] y) { [c] y = Conv(x, w) }", {"w": graphs.noise(1, 8, 3, 3, 3)}
     )
     given = np.random.default_rng(0).integers(-127, 128, (8, 3, 3, 3)).astype(np.int8)
-    rounded = Rounded(codes=given, scale=np.linspace(0.001, 0.02, 8).astype(np.float32), channel_axis=0)
+    rounded = per_channel(given, np.linspace(0.001, 0.02, 8).astype(np.float32), 0)
     plan, ranges = graphs.planned(model, {"x": graphs.noise(0, 2, 3, 6, 6)})
     found = quantize.weights(quantize.to_int8(model, plan, ranges, {"w": rounded}))["w"]
     np.testing.assert_array_equal(found.codes, given)
@@ -180,7 +180,7 @@ def test_weights_are_read_back_as_the_graph_has_them() -> None:
     assert {name: rounded.codes.shape for name, rounded in found.items()} == {"v": (6, 6), "w": (6, 5)}
     for name, seed in (("v", 1), ("w", 2)):
         real = graphs.noise(seed, *found[name].codes.shape)
-        error = np.abs(dequantize(found[name]) - real)
+        error = np.abs(decode(found[name]) - real)
         assert 0 < error.max() <= np.abs(real).max() / 127 / 2 * 1.001
 
 

@@ -7,8 +7,8 @@ import pytest
 from exporter import graph, quantize
 from exporter.calibrate import observe
 from exporter.correct import bias
+from exporter.numerics.quantized import QuantizedTensor, decode, per_channel
 from exporter.place import Plan
-from exporter.qparams import Rounded, dequantize
 from tests.exporter import graphs
 
 Batch = dict[str, np.ndarray]
@@ -32,18 +32,18 @@ LAYERS = {
 }
 
 
-def coarse(model: ir.Model) -> dict[str, Rounded]:
+def coarse(model: ir.Model) -> dict[str, QuantizedTensor]:
     """Weights rounded down to steps of 1/4: an error with a mean, as no real grid is so unkind to have."""
     weight = graph.constant(model.graph.initializers["w"])
     node = graphs.node(model, "l")
     axis = 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
     scale = np.full(weight.shape[axis], 0.25, np.float32)
-    return {"w": Rounded(codes=np.floor(weight / 0.25).astype(np.int8), scale=scale, channel_axis=axis)}
+    return {"w": per_channel(np.floor(weight / 0.25).astype(np.int8), scale, axis)}
 
 
-def with_weights(model: ir.Model, rounded: dict[str, Rounded]) -> ir.Model:
+def with_weights(model: ir.Model, rounded: dict[str, QuantizedTensor]) -> ir.Model:
     clone = model.clone()
-    clone.graph.initializers["w"].const_value = ir.tensor(dequantize(rounded["w"]))
+    clone.graph.initializers["w"].const_value = ir.tensor(decode(rounded["w"]))
     return clone
 
 
@@ -58,7 +58,7 @@ def mean_error(reference: ir.Model, candidate: ir.Model, batch: Batch) -> np.nda
     return np.abs(np.moveaxis(error, axis, 0).reshape(error.shape[axis], -1).mean(1))
 
 
-def corrected(model: ir.Model, batch: Batch, rounded: dict[str, Rounded]) -> tuple[ir.Model, Plan]:
+def corrected(model: ir.Model, batch: Batch, rounded: dict[str, QuantizedTensor]) -> tuple[ir.Model, Plan]:
     plan, _ = graphs.planned(model, batch, l="int8")  # also a grouped Conv, which placement finds too slow
     means = observe(model, ["x"], iter([batch]), bias.channels(model, plan)).means
     return bias.correct(model, plan, means, rounded), plan
@@ -93,7 +93,7 @@ def test_shift_is_the_formula_by_hand() -> None:
         {"w": np.array([[1.1], [-0.6]], np.float32), "b": np.array([10], np.float32)},
     )
     plan, _ = graphs.planned(model, {"x": np.ones((1, 2), np.float32)})
-    rounded = {"w": Rounded(codes=np.array([[2], [-1]], np.int8), scale=np.array([0.5], np.float32), channel_axis=1)}
+    rounded = {"w": per_channel(np.array([[2], [-1]], np.int8), np.array([0.5], np.float32), 1)}
     found = bias.correct(model, plan, {("x", -1): np.array([2.0, 3.0])}, rounded)
     expected = 10 - ((1 - 1.1) * 2 + (-0.5 + 0.6) * 3)
     np.testing.assert_allclose(graph.constant(graphs.node(found, "l").inputs[2]), [expected], rtol=1e-6)
@@ -102,7 +102,7 @@ def test_shift_is_the_formula_by_hand() -> None:
 def test_exact_weights_and_the_model_itself_are_left_alone() -> None:
     model, shape = LAYERS["gemm"]
     before = graph.to_bytes(model)
-    exact = {"w": Rounded(codes=np.zeros((6, 4), np.int8), scale=np.ones(4, np.float32), channel_axis=1)}
+    exact = {"w": per_channel(np.zeros((6, 4), np.int8), np.ones(4, np.float32), 1)}
     corrected(model, data(shape, 2), exact)
     assert graph.to_bytes(model) == before
     untouched, _ = corrected(model, data(shape, 2), {})

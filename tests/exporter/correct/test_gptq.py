@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from exporter import graph
-from exporter.correct import gptq, plane, rounding
-from exporter.qparams import Rounded, dequantize
+from exporter.correct import gptq, rounding
+from exporter.numerics import pairing, plane
+from exporter.numerics.quantized import QuantizedTensor, decode, per_channel
 from tests.exporter import graphs
 
 Array = graphs.Array
@@ -38,7 +39,7 @@ def errors(rows: Array, codes: Array, scale: Array, h: Array) -> Array:
 
 def fitted(
     text: str, weights: dict[str, Array], *batches: dict[str, Array], pair_rule: bool = False
-) -> dict[str, Rounded]:
+) -> dict[str, QuantizedTensor]:
     model = graphs.model(text, weights)
     plan, _ = graphs.planned(model, *batches)
     return gptq.rounded(model, plan, batches, pair_rule=pair_rule)
@@ -49,7 +50,7 @@ def fitted(
 def test_no_channel_has_more_error_than_rounding_to_nearest(columns: int, pair_rule: bool) -> None:
     rows, h = graphs.noise(0, 12, columns), second(inputs(1, 400, columns))
     codes, scale = gptq.fit(rows, [h], pair_rule)
-    nearest, _ = rounding.fit(rows, pair_rule)
+    nearest, _ = pairing.fit(rows, pair_rule)
     assert (errors(rows, codes, scale, damped(h)) <= errors(rows, nearest, scale, damped(h)) * (1 + 1e-9)).all()
 
 
@@ -57,14 +58,14 @@ def test_no_channel_has_more_error_than_rounding_to_nearest(columns: int, pair_r
 def test_inputs_that_go_together_lose_six_decibels_of_error(pair_rule: bool) -> None:
     rows, h = graphs.noise(0, 12, 64), second(inputs(1, 400, 64))
     codes, scale = gptq.fit(rows, [h], pair_rule)
-    nearest, _ = rounding.fit(rows, pair_rule)
+    nearest, _ = pairing.fit(rows, pair_rule)
     assert errors(rows, codes, scale, h[0]).sum() < errors(rows, nearest, scale, h[0]).sum() / 4
 
 
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     rows = graphs.noise(0, 12, 33)
     codes, scale = gptq.fit(rows, [np.diag(np.geomspace(1, 9, 33))[None]], False)
-    nearest, same = rounding.fit(rows, False)
+    nearest, same = pairing.fit(rows, False)
     np.testing.assert_array_equal(codes, nearest)
     np.testing.assert_array_equal(scale, same)
 
@@ -94,7 +95,7 @@ def test_codes_are_those_of_the_papers_algorithm() -> None:
 def test_pair_rule_is_kept_by_weights_that_break_it_everywhere(columns: int) -> None:
     rows = 1 + np.abs(graphs.noise(0, 12, columns)) / 10
     codes, _ = gptq.fit(rows, [second(inputs(1, 400, columns))], True)
-    np.testing.assert_array_equal(rounding.keep_pair_rule(codes.astype(np.int32)), codes)
+    np.testing.assert_array_equal(pairing.keep(codes.astype(np.int32)), codes)
 
 
 def test_rows_of_nothing_and_inputs_of_nothing_keep_their_codes() -> None:
@@ -104,7 +105,7 @@ def test_rows_of_nothing_and_inputs_of_nothing_keep_their_codes() -> None:
     rows[2] = 0
     for h in (second(x), np.zeros((1, 8, 8), np.float32)):
         codes, scale = gptq.fit(rows, [h], False)
-        nearest, _ = rounding.fit(rows, False)
+        nearest, _ = pairing.fit(rows, False)
         assert not codes[2].any() and scale[2] > 0
         np.testing.assert_array_equal(codes[:, 3], nearest[:, 3])
 
@@ -153,16 +154,16 @@ def test_conv_outputs_come_closer_to_fp32(group: int, pair_rule: bool) -> None:
     node = graphs.node(graphs.model(text, {"w": weight}), "c")
     found = fitted(text, {"w": weight}, *({"x": each[None]} for each in smooth), pair_rule=pair_rule)["w"]
     pairs = pair_rule and group < 32  # depthwise kernels do not pair
-    plain, scale = rounding.fit(rounding.in_kernel_order(node, weight), pairs)
+    plain, scale = pairing.fit(rounding.in_kernel_order(node, weight), pairs)
     codes = rounding.from_kernel_order(node, plain, weight.shape)
-    nearest = Rounded(codes=codes, scale=scale, channel_axis=0)
+    nearest = per_channel(codes, scale, 0)
     assert spread(text, weight, found, smooth) < spread(text, weight, nearest, smooth) / 1.5
     assert rounding.breaks_pair_rule(node, found.codes) == (not pairs)
 
 
-def spread(text: str, weight: Array, rounded: Rounded, x: Array) -> float:
+def spread(text: str, weight: Array, rounded: QuantizedTensor, x: Array) -> float:
     """Variance of the output's error over positions; its mean is the bias's to take."""
-    error = graphs.model(text, {"w": dequantize(rounded) - weight})
+    error = graphs.model(text, {"w": decode(rounded) - weight})
     return float(graph.runner(error)({"x": x})["y"].var(axis=(0, 2, 3)).sum())
 
 
@@ -198,7 +199,7 @@ def test_layers_beyond_what_is_held_at_once_get_the_same_codes(monkeypatch: pyte
     assert [*before] == ["v", "w"]
 
 
-def two_layers() -> dict[str, Rounded]:
+def two_layers() -> dict[str, QuantizedTensor]:
     text = """(float[N,200] x) => (float[N,8] y) {
         [first] h = Gemm(x, v)
         [middle] r = Relu(h)
@@ -270,7 +271,7 @@ def test_covariance_of_inputs_far_from_0_is_that_of_what_varies(monkeypatch: pyt
 def test_layer_with_constant_inputs_has_the_nearest_codes(pair_rule: bool) -> None:
     rows, x = graphs.noise(0, 5, 8), np.full((3000, 8), 7.3, np.float32)
     codes, _ = gptq.fit(rows, [moments(x).covariance], pair_rule)
-    np.testing.assert_array_equal(codes, rounding.fit(rows, pair_rule)[0])
+    np.testing.assert_array_equal(codes, pairing.fit(rows, pair_rule)[0])
 
 
 def test_damping_rises_until_a_matrix_factors_that_is_not_definite() -> None:
@@ -283,7 +284,7 @@ def test_damping_rises_until_a_matrix_factors_that_is_not_definite() -> None:
 def test_group_whose_moments_are_no_numbers_keeps_the_nearest_codes_and_others_do_not(value: float) -> None:
     rows, good = graphs.noise(0, 12, 64), second(inputs(1, 400, 64))
     codes, _ = gptq.fit(rows, [np.concatenate([good, np.full_like(good, value)])], False)
-    np.testing.assert_array_equal(codes[6:], rounding.fit(rows[6:], False)[0])
+    np.testing.assert_array_equal(codes[6:], pairing.fit(rows[6:], False)[0])
     np.testing.assert_array_equal(codes[:6], gptq.fit(rows[:6], [good], False)[0])
 
 
@@ -307,8 +308,8 @@ def test_layer_in_blocks_keeps_the_pair_rule_and_comes_closer_to_fp32(monkeypatc
     blocks = [each.second for each in sums.result()]
     np.testing.assert_allclose(blocks[1][0], second(x)[0, 36:, 36:], atol=1e-3)
     codes, scale = gptq.fit(rows, blocks, True)
-    nearest, _ = rounding.fit(rows, True)
-    np.testing.assert_array_equal(rounding.keep_pair_rule(codes.astype(np.int32)), codes)
+    nearest, _ = pairing.fit(rows, True)
+    np.testing.assert_array_equal(pairing.keep(codes.astype(np.int32)), codes)
     h = second(x)[0]
     assert errors(rows, codes, scale, h).sum() < errors(rows, nearest, scale, h).sum() / 1.5
 

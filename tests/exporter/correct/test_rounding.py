@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from exporter.correct import rounding
 from exporter.correct.rounding import Paired
+from exporter.numerics import pairing
+from exporter.numerics.quantized import NOTHING
 from tests.exporter import graphs
 
 ROWS = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 33)), elements=st.floats(-4, 4, width=32))
@@ -27,7 +29,7 @@ def saturating_sums(activations: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 @given(ROWS, st.integers(0, 2**32 - 1))
 def test_sums_of_fitted_codes_never_saturate(rows: np.ndarray, seed: int) -> None:
-    codes, _ = rounding.fit(rows)
+    codes, _ = pairing.fit(rows)
     generator = np.random.default_rng(seed)
     for activations in (np.full(rows.shape[1], 255), generator.integers(0, 256, rows.shape[1])):
         np.testing.assert_array_equal(saturating_sums(activations, codes), codes.astype(np.int64) @ activations)
@@ -36,19 +38,19 @@ def test_sums_of_fitted_codes_never_saturate(rows: np.ndarray, seed: int) -> Non
 def test_sums_of_full_range_codes_do_saturate_without_the_rule() -> None:
     codes = np.array([[127, 127, -127, -127]])
     assert saturating_sums(np.array([255, 255, 255, 0]), codes) != codes @ np.array([255, 255, 255, 0])
-    assert rounding.keep_pair_rule(codes).tolist() == [[64, 64, -64, -64]]
+    assert pairing.keep(codes).tolist() == [[64, 64, -64, -64]]
 
 
 def test_the_rule_changes_offending_pairs_alone() -> None:
     codes = np.array(
         [[127, 1, 127, -127, 100, 29, 0, 127, 127]]
     )  # pairs (127, 1), (127, -127), (100, 29), (0, 127), 127
-    assert rounding.keep_pair_rule(codes).tolist() == [[127, 1, 127, -127, 99, 29, 0, 127, 127]]
+    assert pairing.keep(codes).tolist() == [[127, 1, 127, -127, 99, 29, 0, 127, 127]]
 
 
 def test_every_pair_of_codes_keeps_the_rule_and_moves_no_further_than_its_excess() -> None:
     codes = np.array(list(itertools.product(range(-127, 128, 9), repeat=2)))
-    kept = rounding.keep_pair_rule(codes)
+    kept = pairing.keep(codes)
     same_sign = codes[:, 0] * codes[:, 1] > 0
     assert (np.abs(kept[same_sign]).sum(axis=1) <= 128).all()
     assert (kept[~same_sign] == codes[~same_sign]).all()
@@ -59,10 +61,10 @@ def test_every_pair_of_codes_keeps_the_rule_and_moves_no_further_than_its_excess
 @settings(max_examples=50)
 @given(ROWS)
 def test_fitted_codes_lose_no_more_than_seven_bits_would(rows: np.ndarray) -> None:
-    codes, scale = rounding.fit(rows)
+    codes, scale = pairing.fit(rows)
     error = ((rows - codes * scale[:, None]) ** 2).sum(axis=1)
     largest = np.abs(rows).max(axis=1)
-    unit = np.where(largest > rounding.NOTHING, largest / 63.5, 1).astype(np.float32)  # the last of SCALES: 7 bits
+    unit = np.where(largest > NOTHING, largest / 63.5, 1).astype(np.float32)  # the last of SCALES: 7 bits
     seven = ((rows - np.rint(rows / unit[:, None]) * unit[:, None]) ** 2).sum(axis=1)
     assert (error <= seven * (1 + 1e-4) + 1e-9).all()
 

@@ -13,8 +13,8 @@ import exporter
 import runtime
 from exporter import forecast
 from exporter.batches import Batch
-from exporter.correct import rounding
 from exporter.errors import CalibrationError
+from exporter.numerics import pairing
 from runtime import cpu
 from runtime.errors import BundleError, PacklightError
 from runtime.manifest import canonical
@@ -78,7 +78,7 @@ def test_model_that_keeps_the_pair_rule_clips_nowhere_and_keeps_its_outputs() ->
     proto = onnx.load_from_string(case.model)
     weight = next(each for each in proto.graph.initializer if each.name == "b")
     rows = np.clip(onnx.numpy_helper.to_array(weight).T, -127, 127).astype(np.int32)
-    weight.CopyFrom(onnx.numpy_helper.from_array(rounding.keep_pair_rule(rows).T.astype(np.int8), "b"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(pairing.keep(rows).T.astype(np.int8), "b"))
     kept = ir.serde.deserialize_model(proto)
     found = forecast.of_model(kept, [case.inputs])
     assert (found.layers, found.clips, found.drift.outputs[0].max_abs) == ((), False, 0.0)

@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from exporter import graph
+from exporter.numerics.quantized import decode
 from exporter.prepare import kept, taken
-from exporter.qparams import dequantize
 from runtime import drift
 from tests.exporter import graphs
 
@@ -102,7 +102,7 @@ def test_numbers_that_are_no_codes_are_none() -> None:
     assert kept.lattice(graphs.noise(3, 8, 6), 1, np.zeros(0, np.float32)) is None
     found = kept.lattice(np.asarray(CODES * SCALE * np.float32(3.7)), 1, SCALE)  # as behind a BatchNormalization
     assert found is not None
-    np.testing.assert_allclose(dequantize(found), CODES * SCALE * np.float32(3.7), rtol=1e-6)
+    np.testing.assert_allclose(decode(found), CODES * SCALE * np.float32(3.7), rtol=1e-6)
 
 
 def test_the_code_minus_128_becomes_minus_127_at_the_same_scale() -> None:

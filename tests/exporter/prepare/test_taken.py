@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from exporter import graph
+from exporter.numerics.quantized import Grid
 from exporter.prepare import taken
-from exporter.qparams import Grid
 from runtime import drift
 from tests.exporter import graphs
 
