@@ -124,7 +124,7 @@ def export(
             end=words.end,
             files={each.name: digest(each) for each in sorted(bundle.iterdir())},
             formats=_formats(opened, written),
-            calibration="" if tried.value is None or _is_float(written) else given.name,
+            calibration="" if tried.value is None and learnt.value is None else given.name,
             loss=lost,
             limits=asked.limits,
             recorded_on=Machine(machine=cpu.machine(), flags=cpu.flags()),
@@ -250,9 +250,10 @@ def _codes(
     opened: Checkpoint, scheme: Scheme, fp32: Written, staging: Path, given: Text, told: Progress
 ) -> Written | None:
     """The weights in the scheme's formats, rounded by GPTQ."""
-    if scheme.body is None and not scheme.exceptions:
+    names = rounding.needed(opened.decoder, scheme)
+    if not names:
         return None
-    second = rounding.hessians(opened.decoder, fp32, staging, given.seen, told)
+    second = rounding.hessians(opened.decoder, fp32, staging, given.seen, names, told)
     return _written(opened, scheme, staging, rounding.by_gptq(second), told)
 
 

@@ -4,7 +4,7 @@ The error of y = W x over the text is  e' H e  a row,  H = E[x x'],  e = w - ŵ.
 plane (exporter/numerics/plane.py), and a block gets its scale and zero point when its first column is due, from the weights as
 the columns before it have left them, the squared error of each column weighed by H's diagonal.
 
-H is summed layer by layer from the FP32 graph, as many layers at once as HELD_BYTES hold;
+H is summed from the FP32 graph, of as many layers at once as HELD_BYTES hold;
 the graph runs as far as the last of them.
 
 Source: Frantar et al. 2022, arXiv 2210.17323.
@@ -13,7 +13,7 @@ Source: Frantar et al. 2022, arXiv 2210.17323.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from exporter.batches import Array
 from exporter.causal import graph
 from exporter.causal.architecture import Decoder
 from exporter.causal.blocks import Blocked, Blocks, fit, in_blocks, nearest
-from exporter.causal.checkpoint import LINEARS, Linear
+from exporter.causal.checkpoint import Linear
 from exporter.causal.feed import UNPACKED, feed
-from exporter.causal.scheme import HEAD
-from exporter.causal.weights import Round, Written
+from exporter.causal.scheme import Scheme
+from exporter.causal.weights import Round, Written, linears
 from exporter.numerics import plane
 from exporter.progress import Progress, Silent
 from runtime.session import open_session
@@ -107,22 +107,28 @@ def by_gptq(hessians: Hessians) -> Round:
 
 
 def hessians(
-    decoder: Decoder, written: Written, folder: Path, windows: Array, progress: Progress | None = None
+    decoder: Decoder,
+    written: Written,
+    folder: Path,
+    windows: Array,
+    names: Collection[str],
+    progress: Progress | None = None,
 ) -> Hessians:
-    """H of every linear layer of the body, by running the FP32 graph on windows of text.
+    """H of linear layers of the body, by running the FP32 graph on windows of text.
 
     Args:
         written: the FP32 weights, which lie in `folder`.
         windows: int64 [windows, tokens].
+        names: the layers that are going to be asked for.
 
     Returns:
         a function that is asked in the order in which layers run; layers that were passed are forgotten.
     """
     held: dict[str, Array] = {}
-    parts = iter(_parts(decoder))
+    parts = iter(_parts(decoder, names))
 
     def second(name: str) -> Array | None:
-        if name == HEAD:
+        if name not in names:
             return None
         reads = graph.input_of(name)
         while reads not in held:
@@ -135,37 +141,47 @@ def hessians(
     return second
 
 
-def _parts(decoder: Decoder) -> Iterator[list[int]]:
-    """Layers whose H are held at once."""
-    size = 8 * sum(each**2 for each in _widths(decoder).values())
-    step = max(1, HELD_BYTES // size)
-    for first in range(0, decoder.layers, step):
-        yield list(range(first, min(first + step, decoder.layers)))
+def needed(decoder: Decoder, scheme: Scheme) -> tuple[str, ...]:
+    """Layers of 4 bits: 8 bits lose nothing that is worth the time."""
+    return tuple(name for name in linears(decoder) if (form := scheme.of(name)) is not None and form.bits == 4)
 
 
-def _widths(decoder: Decoder) -> Mapping[str, int]:
-    """{role whose input is not another's: columns}."""
-    return {
+def _parts(decoder: Decoder, names: Collection[str]) -> Iterator[list[str]]:
+    """What is read by layers, in the order in which they run: as much as HELD_BYTES hold."""
+    widths = {
         "q": decoder.hidden,
         "o": decoder.heads * decoder.head_size,
         "gate": decoder.hidden,
         "down": decoder.intermediate,
     }
+    sizes: dict[str, int] = {}
+    for name in linears(decoder):
+        if name in names:
+            role = name.rpartition(".")[2]
+            like = {"k": "q", "v": "q", "up": "gate"}.get(role, role)
+            sizes[graph.input_of(name)] = 8 * widths[like] ** 2
+    part: list[str] = []
+    for reads, size in sizes.items():
+        if part and sum(sizes[each] for each in part) + size > HELD_BYTES:
+            yield part
+            part = []
+        part.append(reads)
+    if part:
+        yield part
 
 
 def _sums(
-    decoder: Decoder, written: Written, folder: Path, layers: Sequence[int], windows: Array, progress: Progress
+    decoder: Decoder, written: Written, folder: Path, names: Sequence[str], windows: Array, progress: Progress
 ) -> dict[str, Array]:
-    """{tensor: H}, float64, of the inputs of some layers."""
-    names = list(dict.fromkeys(graph.input_of(f"layers.{layer}.{role}") for layer in layers for role in LINEARS))
-    end = layers[-1] + 1
+    """{tensor: H}, float64, of what layers read."""
+    end = int(names[-1].split(".")[1]) + 1
     short = replace(decoder, windows=decoder.windows[:end], rope_of=decoder.rope_of[:end])
     model = graph.build(short, written, context=windows.shape[1], also=names)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".onnx") as file:
         onnx.save(model, file.name)
         session = open_session(Path(file.name), entries=UNPACKED)
     sums: dict[str, Array] = {}
-    what = f"inputs of layers {layers[0] + 1} to {end}"
+    what = f"inputs of layers {int(names[0].split('.')[1]) + 1} to {end}"
     for window in progress.each(windows, what, len(windows)):
         for name, value in zip(names, session.run(names, feed(short, window[None])), strict=True):
             x = value.reshape(-1, value.shape[-1])

@@ -39,7 +39,7 @@ class Text:
 class Sizes:
     """How many windows of how many tokens; every `apart`-th paragraph is judged on, until there are `unseen`."""
 
-    seen: int = 96
+    seen: int = 64
     unseen: int = 16
     tokens: int = 256
     apart: int = 4

@@ -10,7 +10,7 @@ import pytest
 from exporter.causal import architecture, blocks, checkpoint, graph, rounding, weights
 from exporter.causal.blocks import Blocks
 from exporter.causal.checkpoint import Linear
-from exporter.causal.scheme import FLOAT
+from exporter.causal.scheme import FLOAT, SCHEMES
 from exporter.causal.store import Store
 from tests.exporter.causal import tiny
 from tests.exporter.graphs import noise
@@ -79,7 +79,8 @@ def test_moments_are_those_of_what_each_layer_reads(held: int, tmp_path: Path, m
     with Store(tmp_path / "fp32.data") as store:
         written = weights.write(checkpoint.open_folder(folder, decoder), FLOAT, store)
     windows = np.random.default_rng(1).integers(0, 131, (3, 20))
-    second = rounding.hessians(decoder, written, tmp_path, windows)
+    names = [name for name in weights.linears(decoder) if not name.endswith("k")]
+    second = rounding.hessians(decoder, written, tmp_path, windows, names)
     model = reference(folder)
     seen: dict[str, list[torch.Tensor]] = {}
     for layer_, role in itertools.product(range(3), checkpoint.LINEARS):
@@ -88,10 +89,19 @@ def test_moments_are_those_of_what_each_layer_reads(held: int, tmp_path: Path, m
         module.register_forward_hook(lambda _, given, __, name=name: seen.setdefault(name, []).append(given[0]))
     with torch.no_grad():
         model(torch.from_numpy(windows))
-    for name in weights.linears(decoder):
+    for name in names:
         x = seen[name][0].reshape(60, -1).double().numpy()
         got = second(name)
         assert got is not None
         np.testing.assert_allclose(got, x.T @ x / 60, rtol=1e-3, atol=1e-4)
-    assert second(graph.HEAD) is None
+    assert second(graph.HEAD) is None and second("layers.0.k") is None
     assert not list(tmp_path.glob("*.onnx"))
+
+
+@tiny.needs_transformers
+def test_only_layers_of_4_bits_are_fitted() -> None:
+    decoder = architecture.decoder(architecture.read(tiny.saved("llama")))
+    assert rounding.needed(decoder, SCHEMES["w8"]) == rounding.needed(decoder, FLOAT) == ()
+    assert rounding.needed(decoder, SCHEMES["mixed"])[:6] == (
+        "layers.0.q", "layers.0.k", "layers.0.o", "layers.0.gate", "layers.0.up", "layers.1.q",
+    )  # fmt: skip
