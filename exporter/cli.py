@@ -188,7 +188,7 @@ def run(
     report = _export(
         model, limited(chosen, most), seen, unseen, out, ort, skip_bad, cluster, _evaluate(sample), costs, max_evals, max_minutes
     )  # fmt: skip
-    _finish(report, f"{printable(out)} (report.html has all of it, -v prints it)", verbose, as_json)
+    _finish(report, printable(out), verbose, as_json)
 
 
 @demo_app.command(epilog="Example: packlight demo --out build/digits")
@@ -210,9 +210,7 @@ def demo(
         place = out or Path(folder) / "digits"
         seen, unseen = given.data(sample.calibration, None, None), given.data(sample.heldout, None, None)
         report = _export(given.own(sample.source), recipe, seen, unseen, place, evaluate=_evaluate(sample))
-        kept = (
-            printable(out) if out else "not kept: packlight demo --out build/digits keeps it, -v says how it was made"
-        )
+        kept = printable(out) if out else "not kept: packlight demo --out build/digits"
         _finish(report, kept, verbose, as_json, picture=True)
 
 

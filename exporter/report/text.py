@@ -29,12 +29,15 @@ NEARLY_ALL = 1e-4  # a smaller share of values outside is not named, unless clip
 def summary(report: Report, place: str) -> str:
     """What people want to know first, in three rows: the verdict, what int8 is beside FP32, where the bundle is.
 
-    place: of the bundle, in words.
+    place: a row that is not cut, as a path in it is copied.
     """
-    rows = [("verdict", verdict(report)), ("int8", _beside(report)), ("bundle", place)]
     warned = [RANDOM] if report.random_data else [f"held-out batches: {OVERLAPS}"] if report.overlapping else []
-    rows += [("note", each) for each in (*warned, *report.notes)]
-    return "\n".join(line for label, words in rows for line in _row(label, words))
+    first, last = (
+        (("verdict", verdict(report)), ("int8", _beside(report))),
+        [("note", n) for n in (*warned, *report.notes)],
+    )
+    before, behind = ([line for label, words in rows for line in _row(label, words)] for rows in (first, last))
+    return "\n".join([*before, f"{'bundle':<{LABEL}}{place}", *behind])
 
 
 def picture(report: Report) -> str:
