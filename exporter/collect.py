@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from exporter import accept, calibrate, cluster, graph, optional, quantize
+from exporter import accept, calibrate, cluster, flat, graph, optional, quantize
 from exporter.batches import Array, Batch
 from exporter.calibrate import Ranges, Statistics, auto, cache, enough, methods, statistics
 from exporter.calibrate.auto import Chosen
@@ -72,19 +72,19 @@ def collect(
         QuantizeError: nothing can be quantized.
         CalibrationError: see calibrate.observe; KeyboardInterrupt with what to tell about the batches that are kept.
     """
-    found = _collected(model, plan, asked, batches, kept, tell, there, decide)
+    found = _collected(model, plan, asked, batches, kept, tell, there, grids, decide)
     return replace(found, ranges=found.ranges.keeping(grids))
 
 
 def _collected(
     model: ir.Model, plan: Plan, asked: Calibrate, batches: Iterable[Batch], kept: Sequence[Batch], tell: Progress,
-    there: Cluster | None, decide: accept.Place,
+    there: Cluster | None, grids: Mapping[str, Grid], decide: accept.Place,
 ) -> Collected:  # fmt: skip
     by_onnxruntime = asked.engine == "onnxruntime"
     if by_onnxruntime:
         batches = list(batches)  # read twice; ONNX Runtime keeps far more than these
     found = _observe(model, plan, asked, batches, tell, there)
-    if untold := _untold(model, plan, found):
+    if untold := _flat(model, plan, found, grids, kept) | _untold(model, plan, found):
         plan, decide = decide(untold, ()), _without(untold, decide)
         same = {name: found.same[name] for name in plan.tensors}
         found = replace(found, same=same, tensors={seen: found.tensors[seen] for seen in same.values()})
@@ -119,6 +119,15 @@ def _untold(model: ir.Model, plan: Plan, found: Statistics) -> dict[str, str]:
             if value.name in found.unseen:
                 why[node.name or ""] = f"no calibration batch has a value in {value.name} that tells its range"
     return why
+
+
+def _flat(
+    model: ir.Model, plan: Plan, found: Statistics, grids: Mapping[str, Grid], kept: Sequence[Batch]
+) -> dict[str, str]:
+    """The same of those whose codes would hold nothing of what varies in an input or an output; codes of the file's own stay."""
+    ends = {name: (found.of(name).low, found.of(name).high) for name in found.same if name not in grids}
+    none: dict[str, str] = {}
+    return optional.attempt(lambda: flat.nodes(model, ends, frozenset(plan.int8), kept), none).value
 
 
 def _without(untold: Mapping[str, str], decide: accept.Place) -> accept.Place:

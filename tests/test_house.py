@@ -57,6 +57,7 @@ SHARED = {
     "target",
     "budget",
     "varies",
+    "flat",
 }
 STAGES = (
     "external",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +29,7 @@ from exporter.prepare import (
     linear,
     names,
     observed,
+    offset,
     opset,
     pad,
     pool,
@@ -140,6 +142,10 @@ def to_quantizable(model: ir.Model, batch: Batch, given: ir.Model | None = None)
     real = start.clone() if codes is not None else None
     rewritten, counts = _proved(start, REWRITES, expected, batch, fused)
     observed.fill(rewritten, batch)
+    if codes is None:  # what the file rounds to is not moved
+        last = {"offset": partial(offset.rewrite, batch=batch)}
+        rewritten, moved = _proved(rewritten, last, expected, batch, fused)
+        counts |= moved
     said = NOTHING_KEPT if codes is None or real is None else kept.found(rewritten, codes, real)
     return Prepared(reference=reference, model=rewritten, rewrites=counts, given_db=given_db, kept=said)
 
