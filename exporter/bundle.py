@@ -6,14 +6,12 @@ leaves the old bundle or none, never half of one.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter import heldout, mobile, optional, ort_format, weights
+from exporter import heldout, mobile, optional, ort_format, staged, weights
 from exporter.batches import Batch
 from exporter.errors import CalibrationError
 from exporter.heldout import THREADS
@@ -21,7 +19,7 @@ from exporter.mobile import Usability
 from exporter.ort_format import OrtModel, Proof
 from exporter.recipe import Probe as ProbeLimits
 from exporter.target import Target
-from runtime import drift
+from runtime import drift, trusted
 from runtime import files as places
 from runtime import manifest as manifests
 from runtime.bundle import Bundle
@@ -211,7 +209,9 @@ def _with(number: int, hardest: Probe | None, first: Mapping[int, Probe], limits
 
 
 def require_place(given: str | Path) -> Path:
-    """The output folder. Refused if it holds something other than a bundle: what is there is going to be deleted.
+    """The output folder, and beside it nothing that a killed export left (see staged.sweep).
+
+    Refused if it holds something other than a bundle: what is there is going to be deleted.
 
     Raises:
         BundleError: it is a file, or a folder with files that no bundle's manifest lists.
@@ -221,6 +221,7 @@ def require_place(given: str | Path) -> Path:
     out = Path(given)
     if out.name in ("", ".."):  # "." and "..": the folder itself is replaced, and may be where somebody stands
         raise BundleError("out", path=str(out), found=repr(str(given)), expected="a folder's name", do="choose another")
+    staged.sweep(out)
     if out.is_dir() and (not any(out.iterdir()) or _holds_a_bundle(out)):
         return out
     if out.exists() or out.is_symlink():
@@ -238,8 +239,9 @@ def _holds_a_bundle(folder: Path) -> bool:
     """Whether nothing is there but a manifest of ours and files that it lists."""
     file = folder / manifests.MANIFEST
     try:
-        listed = manifests.loads(file.read_text(encoding="utf-8"), str(file)).files
-    except (BundleError, OSError, UnicodeDecodeError):
+        text = trusted.read(file, manifests.MANIFEST_BYTES).decode("utf-8")
+        listed = manifests.loads(text, str(file)).files
+    except (BundleError, UnicodeDecodeError):
         return False
     return {entry.name for entry in folder.iterdir()} <= {manifests.MANIFEST, *listed}
 
@@ -263,14 +265,14 @@ def write(
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(out) as folder:
+        with staged.folder(out) as folder:
             write_probe(folder / manifests.PROBE, probes)
             complete = _listed(folder, manifest, files)
             _require_runs(folder, out)
             if finish is not None:
                 complete = _listed(folder, *finish(folder, complete))
             require_place(out)  # again: minutes have passed
-            move(folder, out)
+            staged.move(folder, out)
             return complete
     except OSError as error:
         raise BundleError(
@@ -290,17 +292,6 @@ def _listed(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Man
     return complete
 
 
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, gone at the end whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _require_runs(folder: Path, out: Path) -> None:
     """Refuse a bundle whose model or probe a device could not open, or whose model does not run on its own probe."""
     try:
@@ -314,24 +305,6 @@ def _require_runs(folder: Path, out: Path) -> None:
             path=str(out),
             found=str(error).replace(f"{folder}/", ""),
         ) from error
-
-
-def move(folder: Path, out: Path) -> None:
-    """Put `folder` in the place of `out`; the old one is moved aside first and comes back whatever stops that."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    old = aside / "old"
-    try:
-        out.rename(old)
-        folder.rename(out)
-    except BaseException:  # Ctrl-C too
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _kernels(int8: bytes, inputs: Batch, session: Mapping[str, str]) -> Kernels:

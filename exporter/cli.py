@@ -31,7 +31,7 @@ from exporter.source import Sample, Source, from_file
 from exporter.terminal import Terminal
 from runtime import cpu, files
 from runtime.bundle import load
-from runtime.errors import PacklightError, install
+from runtime.errors import Interrupted, PacklightError, install
 from runtime.manifest import canonical
 from runtime.printable import lines, printable
 from runtime.views import show, show_json
@@ -105,6 +105,9 @@ def run(
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out and count pictures that do not decode.")
+    ] = False,
+    trust_source: Annotated[
+        bool, typer.Option("--trust-source", help="Let a model.pt2 run what is written in it, as a file.py does.")
     ] = False,
     max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Fail if the model that ships is larger, as in 6MB.")
@@ -183,7 +186,7 @@ def run(
         "metric_drops": tuple(map(str, drops)) or None,
     }
     read = load_recipe(named) if named else None
-    model, seen, unseen, sample = given.model_and_data(source, task, calibration, heldout, images)
+    model, seen, unseen, sample = given.model_and_data(source, task, calibration, heldout, images, trust_source)
     chosen = read or load_recipe((sample.recipe if sample else None) or DEFAULT_RECIPE)
     report = _export(
         model, limited(chosen, most), seen, unseen, out, ort, skip_bad, cluster, _evaluate(sample), costs, max_evals, max_minutes
@@ -317,7 +320,7 @@ def _export(
                 max_minutes=max_minutes,
             )
     except KeyboardInterrupt as stop:
-        raise PacklightError(str(stop) or "interrupted; no half-written bundle was left") from None
+        raise Interrupted(str(stop) or "interrupted; no half-written bundle was left") from None
 
 
 def _finish(report: Report, place: str, verbose: bool, as_json: bool, picture: bool = False) -> None:

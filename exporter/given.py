@@ -6,6 +6,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +22,15 @@ T = TypeVar("T")
 
 
 def model_and_data(
-    source: str, task: str, calibration: str | None, heldout: str | None, images: Path | None
+    source: str,
+    task: str,
+    calibration: str | None,
+    heldout: str | None,
+    images: Path | None,
+    trust: bool = False,
 ) -> tuple[Source | torch.nn.Module, Any, Any, Sample | None]:
-    """The model and its data, from a Python file or a model file."""
-    reader: dict[str, Callable[[str], Source]] = {".onnx": from_onnx, ".pt2": from_program}
+    """The model and its data, from a Python file or a model file; `trust`: a .pt2 may run code."""
+    reader: dict[str, Callable[[str], Source]] = {".onnx": from_onnx, ".pt2": partial(from_program, trust=trust)}
     suffix = Path(source).suffix.lower()
     if suffix in sniff.NO_MODELS:
         raise TraceError(

@@ -9,9 +9,6 @@ import hashlib
 import importlib.util
 import inspect
 import io
-import json
-import pickle  # noqa: TID251 (the name of torch.load's refusal; nothing is unpickled by us)
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +21,7 @@ import onnx
 import torch
 
 from exporter import batches, external, sniff
+from exporter import program as program_files
 from exporter.batches import Array
 from exporter.errors import TraceError
 from exporter.quiet import quiet
@@ -95,18 +93,29 @@ def _bfloat16(inputs: Mapping[str, Any]) -> tuple[str, ...]:
 def from_program(
     path: str | Path,
     outputs: Sequence[str] = (),
+    *,
+    trust: bool = False,
 ) -> Source:
     """A torch.export program (.pt2). Its example inputs and dynamic shapes are in the file.
 
+    Args:
+        path: of the file.
+        outputs: names for the results, in order.
+        trust: let torch read it whatever it holds, and so run what somebody wrote into it, as a file.py is run.
+
     Raises:
-        TraceError: the file is no torch.export program, holds a pickle that could run code, or no example inputs.
+        TraceError: the file is no torch.export program, holds what could run code when it is read (see program.require_plain),
+            or no example inputs.
     """
     path = _path(path, "from_program")
     try:
-        content = io.BytesIO(path.read_bytes())
-        _refuse_pickles(content, path)
-        program = torch.export.load(content)
-    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+        content = path.read_bytes()
+        if not trust:
+            program_files.require_plain(content, path)
+        program = torch.export.load(io.BytesIO(content))
+    except TraceError:
+        raise
+    except Exception as error:  # torch's reader meets a damaged archive with whatever its parts raise
         raise TraceError(
             str(path),
             found=sniff.looks_like(path) or _first_line(error),
@@ -317,44 +326,6 @@ def _check_names(inputs: Mapping[str, Array], outputs: Sequence[str], dynamic: M
 
 def _input_axes(inputs: Mapping[str, Array], dynamic: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
     return {name: dict(dynamic[name]) for name in inputs if dynamic.get(name)}
-
-
-def _refuse_pickles(content: io.BytesIO, path: Path) -> None:
-    """Let through only archives that torch.export.load reads without unpickling anything but plain tensors.
-
-    Its own fallbacks unpickle freely: weights and constants of `use_pickle`, custom objects, files named *.pt, the layout
-    of torch 2.7 and before; and it opens compiled libraries (data/aotinductor).
-    """
-    archive = torch._C.PyTorchFileReader(content)
-    names = set(archive.get_all_records())
-    if "archive_format" not in names:
-        raise RuntimeError("no archive_format: not a program, or one of torch 2.7 or before")
-    code = [name for name in names if not _PLAIN_RECORD.fullmatch(name)]
-    for name in names:
-        if name.endswith("_config.json"):
-            entries = json.loads(archive.get_record(name))["config"].values()
-            code += [e["path_name"] for e in entries if e["use_pickle"] or not _PLAIN_TENSOR.fullmatch(e["path_name"])]
-        if name.startswith("data/sample_inputs/"):
-            try:
-                torch.load(io.BytesIO(archive.get_record(name)), weights_only=True)
-            except pickle.UnpicklingError:
-                code.append(name)
-    content.seek(0)
-    if code:
-        raise TraceError(
-            str(path),
-            found=f"a pickle or compiled code ({min(code)}), which runs when it is read",
-            expected="a program of plain tensors",
-            do="load it in a file.py that offers source()",
-        )
-
-
-# what torch 2.8 and later write for a program of plain tensors
-_PLAIN_RECORD = re.compile(
-    r"archive_format|archive_version|byteorder|\.data/.*|extra/.*|models/[^/]*\.json|data/sample_inputs/[^/]*\.pt"
-    r"|data/(weights|constants)/([^/]*_config\.json|(weight|tensor)_\d+)"
-)
-_PLAIN_TENSOR = re.compile(r"(weight|tensor)_\d+")
 
 
 def _program_axes(

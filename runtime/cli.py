@@ -1,12 +1,13 @@
 """packlight export | demo | check | bench | run | chat | explain: parse, one call, print. No logic.
 
-Exit status: 0 met, 1 not met, 2 could not run. What could not run is one line on stderr; with PACKLIGHT_TRACEBACK=1 a fault of
-nobody's has its traceback above it.
+Exit status: 0 met, 1 not met, 2 could not run, 130 interrupted. What could not run is one line on stderr; with
+PACKLIGHT_TRACEBACK=1 a fault of nobody's has its traceback above it.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -20,7 +21,7 @@ import typer
 from runtime import files, gate, views
 from runtime.bench import measure
 from runtime.bundle import load
-from runtime.errors import PacklightError, install
+from runtime.errors import Interrupted, PacklightError, install
 from runtime.explain import explain as explain_bundle
 from runtime.explain import explain_file
 from runtime.manifest import canonical, is_language
@@ -31,7 +32,7 @@ from runtime.probe import read_arrays, write_arrays
 COMMANDS = "packlight.commands"  # the entry points through which the exporter adds its commands
 FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
-INTERRUPTED = 130  # what newer releases of typer make of Ctrl-C; older ones raise Abort
+INTERRUPTED = 130  # of Ctrl-C, as shells have it; what newer releases of typer return, where older ones raise Abort
 
 app = typer.Typer(
     name="packlight",
@@ -68,7 +69,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the value the API retu
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; whatever ends it early becomes one line on stderr and exit status 2."""
+    """Run the command line; whatever ends it early becomes one line on stderr and exit status 2, Ctrl-C 130."""
     warnings.showwarning = _warn  # type: ignore[assignment]  # it is called with places, which we do not name
     try:
         status = app(
@@ -77,12 +78,18 @@ def main(args: list[str] | None = None) -> None:
         if status == INTERRUPTED:
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: found Ctrl-C; run it again")
+        _fail("interrupted: found Ctrl-C; run it again", INTERRUPTED)
+    except Interrupted as stop:
+        _fail(str(stop), INTERRUPTED)
     except PacklightError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: found {files.said(error)}; {files.remedy(error)}")
-    except Exception as error:  # status 1 is for a budget that is not met
+    except (SystemExit, GeneratorExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # status 1 is for a budget that is not met; a panic of a library in Rust is no Exception
         if hasattr(error, "format_message"):  # typer's: a flag or an argument that is wrong
             _wrong_usage(error)
         if os.environ.get("PACKLIGHT_TRACEBACK"):
@@ -92,9 +99,11 @@ def main(args: list[str] | None = None) -> None:
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
-def _fail(said: str) -> NoReturn:
+def _fail(said: str, status: int = 2) -> NoReturn:
+    if status == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing
     typer.echo(f"error: {printable(said)}", err=True)
-    raise SystemExit(2) from None
+    raise SystemExit(status) from None
 
 
 def _wrong_usage(error: Any) -> NoReturn:

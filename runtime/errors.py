@@ -4,6 +4,7 @@ PacklightError
 ├─ BundleError      a bundle is missing, damaged, not to be trusted, or newer than this runtime
 ├─ InputError       an input has the wrong name, dtype or shape
 ├─ DriftExceeded    the budget is not met
+├─ Interrupted      Ctrl-C, and what was kept
 └─ RecipeError, TraceError, CalibrationError, QuantizeError     the exporter's, in exporter/errors.py
 
     try:
@@ -65,3 +66,7 @@ class DriftExceeded(PacklightError):
     def __init__(self, what: str, *, verdict: Verdict, found: str = "", expected: str = "", do: str = "") -> None:
         super().__init__(what, found=found, expected=expected, do=do)
         self.verdict = verdict
+
+
+class Interrupted(PacklightError):
+    """Ctrl-C in long work; the message says what was kept."""

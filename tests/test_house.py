@@ -45,6 +45,7 @@ SHARED = {
     "weights",
     "data",
     "optional",
+    "staged",
     "progress",
     "quiet",
     "axes",
@@ -61,6 +62,7 @@ SHARED = {
 }
 STAGES = (
     "external",
+    "program",
     "source",
     "meant",
     "precision",

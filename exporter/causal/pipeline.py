@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import numpy as np
 import onnx
 
 from exporter import bundle as bundles
-from exporter import optional
+from exporter import optional, staged
 from exporter.batches import Array
 from exporter.causal import architecture, checkpoint, distill, folder, graph, loss, proof, rounding, text, weights
 from exporter.causal.architecture import Decoder
@@ -135,7 +134,7 @@ def export(
         (bundle / manifests.MANIFEST).write_text(manifests.dumps(manifest), encoding="utf-8")
         LanguageModel(bundle, verify(bundle), threads=1)
         require_place(place)
-        bundles.move(bundle, place)
+        staged.move(bundle, place)
     lines = language_check.judge(lost, asked.limits, sum(each.size_bytes for each in manifest.files.values()))
     return LanguageReport(
         name=manifest.name,
@@ -164,6 +163,8 @@ def require_place(out: str | Path) -> Path:
         BundleError, PacklightError: see bundle.require_place.
     """
     place = Path(out)
+    if place.name:
+        staged.sweep(place)
     if is_language(place):
         listed = manifests.loads((place / manifests.MANIFEST).read_text(encoding="utf-8"), str(place)).files
         if {each.name for each in place.iterdir()} <= {manifests.MANIFEST, *listed}:
@@ -195,18 +196,16 @@ def _require_room(opened: Checkpoint, place: Path) -> None:
 @contextmanager
 def _staging(place: Path) -> Iterator[Path]:
     """A hidden folder beside the bundle's, gone at the end whatever happens."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    (made / "bundle").mkdir(mode=0o755)
     try:
-        yield made
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with staged.folder(place) as made:
+            (made / "bundle").mkdir()
+            yield made
     except OSError as error:
         raise BundleError(
             str(place), path=str(place), found=places.said(error), expected="a folder that can be written",
             do=places.remedy(error, "--out"),
         ) from error  # fmt: skip
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _fp32(opened: Checkpoint, decoder: Decoder, staging: Path, context: int, told: Progress) -> Written:
