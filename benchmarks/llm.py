@@ -1,6 +1,6 @@
 """Language models: our bundles beside FP32 and llama.cpp's files, engines in turn in one process.
 
-    python -m benchmarks.llm FOLDER --schemes fp32,w8,w4,mixed --gguf model-q4_k_m.gguf --text lines.txt
+    python -m benchmarks.llm FOLDER --schemes fp32,w8,mixed,auto --distill 3 --gguf model-q4_k_m.gguf --text lines.txt
 
 FOLDER is a causal model's, as save_pretrained writes it. Each scheme is exported (kept in --work, and not made again), each
 file of llama.cpp opened by llama-cpp-python where that is installed. A row has the bytes of the weights, tokens a second of the
@@ -159,7 +159,7 @@ def peak_mib(name: str, place: Path) -> float:
 def engines(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Path, Callable[[Path], Engine]]]:
     """(name, file or folder, what opens it): FP32 first."""
     for scheme in args.schemes.split(","):
-        for minutes in (0.0, args.distill) if args.distill and scheme == "mixed" else (0.0,):
+        for minutes in (0.0, args.distill) if args.distill and scheme == "auto" else (0.0,):
             name = f"{scheme}-trained" if minutes else scheme
             out = args.work / name
             if not (out / "manifest.json").exists():
@@ -180,8 +180,8 @@ def main() -> None:
     """Measure, and print a table and its values as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--schemes", default="fp32,w8,w4,mixed")
-    parser.add_argument("--distill", type=float, default=0.0, help="also mixed with so many minutes of training")
+    parser.add_argument("--schemes", default="fp32,w8,w4,mixed,auto")
+    parser.add_argument("--distill", type=float, default=0.0, help="also auto with so many minutes of training")
     parser.add_argument("--gguf", type=Path, nargs="*", default=[])
     parser.add_argument("--text", type=Path, help="lines of text, fitted to and held out")
     parser.add_argument("--windows", type=int, default=16)

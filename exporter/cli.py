@@ -21,7 +21,7 @@ from exporter.budget import Evaluate, parse
 from exporter.causal import folder, limits
 from exporter.causal import pipeline as causal
 from exporter.causal.pipeline import Asked
-from exporter.causal.scheme import SCHEMES
+from exporter.causal.scheme import AUTO, SCHEMES
 from exporter.errors import RecipeError
 from exporter.forecast import text as forecast_text
 from exporter.pipeline import export
@@ -139,7 +139,7 @@ def run(
     ] = None,
     scheme: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Of a language model's weights: {', '.join(SCHEMES)}. Default: mixed."),
+        typer.Option(metavar="NAME", help=f"Of a language model's weights: {', '.join(SCHEMES)}. Default: auto."),
     ] = None,
     distill: Annotated[
         float,
@@ -160,7 +160,7 @@ def run(
             },
         )  # fmt: skip
         asked = Asked(
-            scheme=scheme or "mixed",
+            scheme=scheme or AUTO,
             calibration=calibration,
             limits=limits.parse(budgets or (), given.size_bytes(max_size, "--max-size")),
             distill_minutes=distill,

@@ -132,6 +132,14 @@ class Checkpoint:
         return not name.endswith(IGNORED) and not (self.decoder.tied and name == "lm_head.weight")
 
 
+def modules(decoder: Decoder) -> dict[str, list[str]]:
+    """{stored name of a matrix: the roles that are in it, in their order}."""
+    found: dict[str, list[str]] = {}
+    for role, name in LINEARS.items():
+        found.setdefault(PACKED.get(role, name) if decoder.family.packed else name, []).append(role)
+    return found
+
+
 def open_folder(folder: Path, decoder: Decoder) -> Checkpoint:
     """Find every tensor of a folder and hold them against the decoder.
 

@@ -24,7 +24,7 @@ import torch
 from exporter.batches import Array
 from exporter.causal.architecture import Decoder
 from exporter.causal.blocks import Blocks
-from exporter.causal.checkpoint import LINEARS, PACKED
+from exporter.causal.checkpoint import modules
 from exporter.causal.scheme import EMBEDDING, HEAD
 from exporter.causal.weights import Written, norms
 from exporter.progress import Progress
@@ -157,7 +157,7 @@ def _coded(model: torch.nn.Module, decoder: Decoder, file: Path, written: Writte
     for layer in range(decoder.layers):
         for name, stored in norms(decoder).items():
             norm(f"layers.{layer}.{name}", f"layers.{layer}.{stored}")
-        for theirs, roles in _modules(decoder).items():
+        for theirs, roles in modules(decoder).items():
             names = [f"layers.{layer}.{role}" for role in roles]
             if any(written.formats[name] is None for name in names):
                 continue  # a float matrix is what it was
@@ -173,14 +173,6 @@ def _coded(model: torch.nn.Module, decoder: Decoder, file: Path, written: Writte
             codes, scale = _codes(file, written, name), torch.from_numpy(_read(file, written, f"{name}.scale"))
             theirs.weight.data = _weight(codes, scale, decoder.hidden)
     return learnt
-
-
-def _modules(decoder: Decoder) -> dict[str, list[str]]:
-    """{stored name of a matrix: the roles that are in it, in their order}."""
-    found: dict[str, list[str]] = {}
-    for role, name in LINEARS.items():
-        found.setdefault(PACKED.get(role, name) if decoder.family.packed else name, []).append(role)
-    return found
 
 
 def _train(

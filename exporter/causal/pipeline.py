@@ -19,15 +19,28 @@ import onnx
 from exporter import bundle as bundles
 from exporter import optional, staged
 from exporter.batches import Array
-from exporter.causal import architecture, checkpoint, distill, folder, graph, loss, proof, rounding, text, weights
+from exporter.causal import (
+    architecture,
+    checkpoint,
+    distill,
+    folder,
+    graph,
+    heard,
+    loss,
+    proof,
+    rounding,
+    text,
+    weights,
+)
 from exporter.causal.architecture import Decoder
+from exporter.causal.blocks import Blocks
 from exporter.causal.checkpoint import Checkpoint
 from exporter.causal.distill import Distilled
 from exporter.causal.feed import UNPACKED, logits
 from exporter.causal.folder import Words
 from exporter.causal.proof import Proved
 from exporter.causal.report import LanguageReport
-from exporter.causal.scheme import FLOAT, SCHEMES, Scheme
+from exporter.causal.scheme import AUTO, FLOAT, SCHEMES, WIDE, Scheme
 from exporter.causal.store import Store
 from exporter.causal.text import Sizes, Text
 from exporter.causal.weights import Written
@@ -49,6 +62,9 @@ CONTEXT = 8192  # tokens that a bundle has rotary positions for, or the model's 
 SESSION = {"session.intra_op.allow_spinning": "0"}  # two threads that wait by spinning take half of the speed
 PROMPTS, PROMPT_TOKENS, STEPS = 4, 24, 24
 TOP, SPREAD = 64, 1024  # logits that the probe records: the largest, and as many spread over the vocabulary
+SMALL_FILES = 1 << 19  # the graph, the probe and the manifest take less
+# what a layer of AUTO may have, from few bits to many
+FORMATS = (Blocks(bits=4, size=64), Blocks(bits=4, size=32), WIDE)
 PROOF_SHARE = 0.4  # of the free memory that transformers' model may take; beyond it the first layers are proved
 PROOF_LAYERS = 2
 
@@ -57,11 +73,12 @@ PROOF_LAYERS = 2
 class Asked:
     """What a user may say of an export.
 
-    scheme: a name of SCHEMES, or a Scheme. calibration: a UTF-8 text file; None is the default text.
+    scheme: a name of SCHEMES, or a Scheme; AUTO is bits where the model hears them.
+    calibration: a UTF-8 text file; None is the default text.
     distill_minutes: for training block scales and norms.
     """
 
-    scheme: str | Scheme = "mixed"
+    scheme: str | Scheme = AUTO
     calibration: str | Path | None = None
     limits: Limits = field(default_factory=Limits)
     sizes: Sizes = field(default_factory=Sizes)
@@ -97,6 +114,8 @@ def export(
         fp32 = _fp32(opened, decoder, staging, context, told)
         told.stage("proving that it is the model")
         proved = _prove(opened, decoder, staging, context)
+        chosen = optional.attempt(lambda: _by_ear(opened, scheme, given, (asked.limits, words), told), SCHEMES["mixed"])
+        scheme = chosen.value
         told.stage(f"rounding to {scheme.name}")
         tried = optional.attempt(lambda: _codes(opened, scheme, fp32, staging, given, told), None)
         written = tried.value or _plain(opened, scheme, staging, told)
@@ -152,7 +171,9 @@ def export(
         fp32_bytes=fp32.bytes,
         bytes=written.bytes,
         distilled=learnt.value,
-        notes=_notes(tried.why, learnt.why, given, (decoder.context, context), asked),
+        notes=_notes(
+            tried.why, "; ".join(filter(None, (chosen.why, learnt.why))), given, (decoder.context, context), asked
+        ),
     )
 
 
@@ -243,6 +264,20 @@ def _free_memory() -> int:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except OSError:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _by_ear(opened: Checkpoint, scheme: Scheme, given: Text, within: tuple[Limits, Words], told: Progress) -> Scheme:
+    """AUTO with bits where the model hears them: in the bytes of `mixed`, or in those that a limit leaves to the body."""
+    if scheme.name != AUTO:
+        return scheme
+    told.stage("measuring which layers are heard")
+    limits, words = within
+    found = heard.measure(proof.reference(opened.folder), opened, given.seen, FORMATS)
+    most = heard.body_bytes(opened.decoder, SCHEMES["mixed"], found.shapes)
+    if limits.max_size_bytes is not None:
+        rest = weights.rest_bytes(opened, scheme) + len(words.file) + len(words.template.encode()) + SMALL_FILES
+        most = limits.max_size_bytes - rest
+    return heard.choose(found, scheme, FORMATS, most)
 
 
 def _codes(
@@ -361,7 +396,7 @@ def _is_float(written: Written) -> bool:
 
 def _notes(why: str, unlearnt: str, given: Text, contexts: tuple[int, int], asked: Asked) -> tuple[str, ...]:
     found = [f"rounded to nearest: GPTQ was not tried, because {why}"] if why else []
-    found += [f"scales are not trained, because {unlearnt}"] if unlearnt else []
+    found += [f"a step was not taken, because {unlearnt}"] if unlearnt else []
     if asked.calibration is None:
         found.append(f"no --calibration: fitted to and judged on {given.name}")
     if given.unknown > 0.01:

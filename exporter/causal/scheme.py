@@ -9,6 +9,7 @@ from types import MappingProxyType
 from exporter.causal.blocks import Blocks
 
 HEAD, EMBEDDING = "head", "embedding"
+AUTO = "auto"  # the body's formats are chosen by what the model hears: causal.heard
 Format = Blocks | None  # None is float32
 INT8 = Blocks(bits=8, size=32, symmetric=True)
 # 8 bits in blocks of 128: a byte in 32 less, and the fastest kernel, for a loss that is small beside that of 4 bits
@@ -42,6 +43,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         each.name: each
         for each in (
+            Scheme(name=AUTO, body=Blocks(bits=4, size=64), head=WIDE),
             FLOAT,
             Scheme(name="w8", body=INT8, head=INT8),
             Scheme(name="w4", body=INT4, head=WIDE),

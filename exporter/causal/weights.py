@@ -11,7 +11,7 @@ from exporter.causal.architecture import Decoder
 from exporter.causal.blocks import Blocked, Blocks, nearest
 from exporter.causal.checkpoint import LINEARS, Checkpoint, Linear
 from exporter.causal.scheme import EMBEDDING, HEAD, Format, Scheme
-from exporter.causal.store import Store, Stored
+from exporter.causal.store import ALIGNED, Store, Stored
 from exporter.progress import Progress, Silent
 
 Round = Callable[[Linear, Blocks], Blocked]  # how a linear layer gets its codes
@@ -92,6 +92,18 @@ def norms(decoder: Decoder) -> dict[str, str]:
 def linears(decoder: Decoder) -> Iterator[str]:
     """Names of all linear layers but the head, in the order in which they run."""
     return (f"layers.{layer}.{role}" for layer in range(decoder.layers) for role in LINEARS)
+
+
+def rest_bytes(checkpoint: Checkpoint, scheme: Scheme) -> int:
+    """Of what is no linear layer of the body: head, embedding, norms and biases."""
+    decoder = checkpoint.decoder
+    names = (HEAD,) if decoder.tied else (HEAD, EMBEDDING)
+    found = 0
+    for form in (fitting(scheme.of(name), decoder.hidden, padded=name == HEAD) for name in names):
+        whole = (decoder.vocabulary, decoder.hidden)
+        found += 4 * decoder.vocabulary * decoder.hidden if form is None else form.bytes(*whole)
+    vectors = [shape for shape in checkpoint.shapes.values() if len(shape) == 1]
+    return found + sum(4 * shape[0] + ALIGNED for shape in vectors)
 
 
 def fitting(wanted: Format, columns: int, padded: bool = True) -> Format:

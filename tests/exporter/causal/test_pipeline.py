@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import runtime
-from exporter.causal import pipeline, proof, rounding
+from exporter.causal import heard, pipeline, proof, rounding
 from exporter.causal.pipeline import Asked
 from exporter.causal.report import LanguageReport
 from exporter.causal.text import Sizes
@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LanguageReport]:
     out = tmp_path_factory.mktemp("out") / "bundle"
-    return out, pipeline.export(source, out, Asked(sizes=SIZES))
+    return out, pipeline.export(source, out, Asked(scheme="mixed", sizes=SIZES))
 
 
 def opened(folder: Path) -> LanguageModel:
@@ -89,7 +89,7 @@ def test_greedy_tokens_of_the_fp32_bundle_are_transformers_own(source: Path, tmp
 def test_exporting_again_gives_the_same_bytes(
     exported: tuple[Path, LanguageReport], source: Path, tmp_path: Path
 ) -> None:
-    pipeline.export(source, tmp_path / "again", Asked(sizes=SIZES))
+    pipeline.export(source, tmp_path / "again", Asked(scheme="mixed", sizes=SIZES))
     for file in exported[0].iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     kinds = {"no scheme": RecipeError, "disk": BundleError, "no bundle": BundleError}
     said = {
         "no tokenizer": "found no tokenizer.json", "other vocabulary": "found token 500, expected 0 to 319",
-        "no scheme": "expected one of fp32, w8, w4, mixed", "disk": "GB free on its disk", "no bundle": "not a bundle",
+        "no scheme": "expected one of auto, fp32, w8, w4, mixed", "disk": "GB free on its disk", "no bundle": "not a bundle",
     }  # fmt: skip
     if case == "no tokenizer":
         (folder / "tokenizer.json").unlink()
@@ -175,3 +175,28 @@ def test_command_line_takes_a_causal_folder_without_a_flag(
     assert "NOT MET" in capsys.readouterr().out
     assert call("export", source, "--out", tmp_path / "b", "--target", "arm64") == 2
     assert "--target: found" in capsys.readouterr().err
+
+
+def test_bits_go_where_the_model_hears_them_within_the_bytes_that_there_are(
+    exported: tuple[Path, LanguageReport], source: Path, tmp_path: Path
+) -> None:
+    report = pipeline.export(source, tmp_path / "auto", Asked(sizes=SIZES))
+    assert report.scheme == "auto" and report.bytes <= exported[1].bytes
+    large = ("model.onnx.data", "tokenizer.json", "chat_template.jinja")
+    most = sum((tmp_path / "auto" / name).stat().st_size for name in large) + pipeline.SMALL_FILES - 6000
+    small = pipeline.export(source, tmp_path / "small", Asked(sizes=SIZES, limits=Limits(max_size_bytes=most)))
+    assert small.met and small.bytes < report.bytes
+    same = pipeline.export(source, tmp_path / "same", Asked(sizes=SIZES))
+    assert same == report
+
+
+def test_export_goes_on_with_mixed_where_layers_cannot_be_heard(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(heard, "measure", fails)
+    report = pipeline.export(source, tmp_path / "mixed", Asked(sizes=SIZES))
+    assert report.scheme == "mixed"
+    assert "a step was not taken, because not enough memory" in " ".join(report.notes)
