@@ -9,10 +9,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +23,7 @@ from exporter.target import TARGETS, Target
 from runtime import manifest as manifests
 from runtime.bundle import Bundle
 from runtime.kernels import trace
+from runtime.sarif import Result, log
 from runtime.verified import NOT_PORTABLE
 
 Severity = Literal["error", "warning"]
@@ -207,32 +206,13 @@ def count(findings: Mapping[str, Sequence[Finding]], severity: Severity) -> int:
 
 
 def sarif(findings: Mapping[str, Sequence[Finding]]) -> dict[str, object]:
-    """SARIF 2.1.0: one run, every rule, one result a finding. A file's path is its URI, the node a logical location.
-
-    Source: https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html, sections 3.14, 3.19, 3.27.
-    """
-    ids = list(RULES)
-    rules = [{"id": rule, "shortDescription": {"text": why}} for rule, why in RULES.items()]
-    results = [
-        {
-            "ruleId": each.rule,
-            "ruleIndex": ids.index(each.rule),
-            "level": each.severity,
-            "message": {"text": each.message},
-            "locations": [
-                {"physicalLocation": {"artifactLocation": {"uri": quote(name)}}}
-                | ({"logicalLocations": [{"name": each.node}]} if each.node else {})
-            ],
-        }
+    """SARIF 2.1.0 of every rule and finding."""
+    results = (
+        Result(rule=each.rule, level=each.severity, message=each.message, path=name, node=each.node)
         for name, found in findings.items()
         for each in found
-    ]
-    driver = {"name": "packlight", "version": version("packlight"), "rules": rules}
-    return {
-        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
-        "version": "2.1.0",
-        "runs": [{"tool": {"driver": driver}, "results": results}],
-    }
+    )
+    return log(results, RULES)
 
 
 def _read(path: Path) -> ir.Model:

@@ -85,10 +85,15 @@ def seconds(turn: Callable[[], object], clock: Callable[[], float]) -> float:
 
 def in_turn(calls: Sequence[Callable[[], float]], rounds: int) -> list[float]:
     """Median milliseconds of calls that say how many seconds they took, made in turn."""
+    return [float(np.median(taken)) * 1e3 for taken in rounds_in_turn(calls, rounds)]
+
+
+def rounds_in_turn(calls: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """What each of these calls says in each round, [calls][rounds]: those of one round stand at one place, and make a pair."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(WARM_UP + rounds):
         for call, taken in zip(calls, times, strict=True):
             took = call()
             if number >= WARM_UP:
                 taken.append(took)
-    return [float(np.median(taken)) * 1e3 for taken in times]
+    return times
