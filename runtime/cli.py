@@ -11,19 +11,20 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from runtime import files, gate, views
+from runtime import ci, files, gate_cli, views
 from runtime.bench import measure
 from runtime.bundle import load
 from runtime.errors import Interrupted, PacklightError, install
 from runtime.explain import explain as explain_bundle
 from runtime.explain import explain_file
+from runtime.gate_cli import Folder, Json, Ort, Share, Threads
 from runtime.manifest import canonical, is_language
 from runtime.opened import language
 from runtime.printable import lines, printable
@@ -44,33 +45,15 @@ app = typer.Typer(
     epilog="Exit status: 0 met, 1 not met, 2 could not run. Begin with: packlight demo",
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, as packlight export wrote it.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator; ONNX Runtime's choice by default.")]
-Ort = Annotated[
-    bool | None,
-    typer.Option(
-        "--ort/--onnx", help="Run model.int8.ort, the phone's file, or the .onnx, which is the default if it is there."
-    ),
-]
-Share = Annotated[
-    float | None,
-    typer.Option(
-        "--min-integer-macs",
-        min=0,
-        max=1,
-        metavar="SHARE",
-        help="Ask for this share of MACs, 0..1, in integer kernels.",
-    ),
-]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens of the answer at most.")]
 Temperature = Annotated[float, typer.Option(min=0, metavar="T", help="0 is the likeliest token each time.")]
 Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Of the draws; the same one draws the same text.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the value the API returns, as JSON.")]
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; whatever ends it early becomes one line on stderr and exit status 2, Ctrl-C 130."""
     warnings.showwarning = _warn  # type: ignore[assignment]  # it is called with places, which we do not name
+    given = sys.argv[1:] if args is None else args
     try:
         status = app(
             args, prog_name="packlight", standalone_mode=False
@@ -78,41 +61,42 @@ def main(args: list[str] | None = None) -> None:
         if status == INTERRUPTED:
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: found Ctrl-C; run it again", INTERRUPTED)
+        _fail("interrupted: found Ctrl-C; run it again", given, INTERRUPTED)
     except Interrupted as stop:
-        _fail(str(stop), INTERRUPTED)
+        _fail(str(stop), given, INTERRUPTED)
     except PacklightError as error:
-        _fail(str(error))
+        _fail(str(error), given)
     except OSError as error:
-        _fail(f"{error.filename or 'the system'}: found {files.said(error)}; {files.remedy(error)}")
+        _fail(f"{error.filename or 'the system'}: found {files.said(error)}; {files.remedy(error)}", given)
     except (SystemExit, GeneratorExit):
         raise
     except (
         BaseException
     ) as error:  # status 1 is for a budget that is not met; a panic of a library in Rust is no Exception
         if hasattr(error, "format_message"):  # typer's: a flag or an argument that is wrong
-            _wrong_usage(error)
+            _wrong_usage(error, given)
         if os.environ.get("PACKLIGHT_TRACEBACK"):
             typer.echo(lines(traceback.format_exc()), err=True)
         said = f"{type(error).__name__}: {error}"[:300]
-        _fail(f"this is a fault of packlight's or of your file: found {said}; PACKLIGHT_TRACEBACK=1 shows where")
+        _fail(f"this is a fault of packlight's or of your file: found {said}; PACKLIGHT_TRACEBACK=1 shows where", given)
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
-def _fail(said: str, status: int = 2) -> NoReturn:
+def _fail(said: str, args: Sequence[str], status: int = 2) -> NoReturn:
     if status == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing
     typer.echo(f"error: {printable(said)}", err=True)
+    ci.could_not_run(args, said)
     raise SystemExit(status) from None
 
 
-def _wrong_usage(error: Any) -> NoReturn:
+def _wrong_usage(error: Any, args: Sequence[str]) -> NoReturn:
     """Typer's message as a line of ours; without any argument the help, as typer has it."""
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message(), err=True)
         raise SystemExit(2) from None
     command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "packlight"
-    _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+    _fail(f"{error.format_message().rstrip('.')}; see {command} --help", args)
 
 
 def _warn(message: Warning | str, *where: object) -> None:
@@ -162,38 +146,9 @@ def lint(context: typer.Context) -> None:
     forward("lint", context.args)
 
 
-@app.command(epilog="Example: packlight check build/lite0 --junit parity.xml")
-def check(
-    bundle: Folder,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the verdict as JUnit XML.")] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as Markdown.")] = None,
-    min_integer_macs: Share = None,
-    ort: Ort = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse a bundle whose weights saturate in this CPU's kernels.")
-    ] = False,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Run the bundle's own probe here: hold drift and integer share against its budget, and this device against the export."""
-    if is_language(bundle):
-        _refuse_options(bundle, {"--ort": ort, "--strict": strict, "--min-integer-macs": min_integer_macs})
-        return _check_language(bundle, {"--junit": junit, "--markdown": markdown}, threads, as_json)
-    wanted = [(file, flag, text) for file, flag, text in (
-        (junit, "--junit", gate.junit), (markdown, "--markdown", gate.markdown),
-    ) if file is not None]  # fmt: skip
-    for file, flag, _ in wanted:
-        files.require_file(file, flag)
-    opened = load(bundle, threads, ort=ort, strict=strict)
-    verdict = gate.check(opened, min_integer_macs)
-    name = opened.manifest.name
-    for file, flag, text in wanted:
-        files.write(file, text(verdict, name), flag)
-    if as_json:
-        views.show_json(verdict.to_json())
-    else:
-        views.show(views.verdict(verdict, name))
-    raise typer.Exit(0 if verdict.met else 1)
+app.command(epilog="Example: packlight check build/lite0 --junit parity.xml")(gate_cli.check)
+app.command(epilog="Example: packlight compare build/old build/new --data heldout.npz")(gate_cli.compare)
+app.command("eval", epilog="Example: packlight eval build/lite0 pictures --labels labels.csv")(gate_cli.evaluate)
 
 
 @app.command(epilog="Example: packlight bench build/lite0 --threads 1")
@@ -230,7 +185,7 @@ def run(
 ) -> None:
     """Run the model on one batch of inputs, or a language model on a prompt."""
     if is_language(bundle):
-        _refuse_options(bundle, {"INPUTS.npz": inputs, "--out": out, "--ort": ort})
+        gate_cli.refuse_options(bundle, {"INPUTS.npz": inputs, "--out": out, "--ort": ort})
         if prompt is None:
             raise PacklightError(
                 str(bundle), found="no --prompt", expected="a text that the language model goes on with"
@@ -292,32 +247,6 @@ def _stream(pieces: Iterable[str]) -> str:
         parts.append(piece)
     typer.echo("")
     return "".join(parts)
-
-
-def _check_language(bundle: Path, wanted: Mapping[str, Path | None], threads: int | None, as_json: bool) -> None:
-    from runtime import language_check
-
-    texts = {"--junit": language_check.junit, "--markdown": language_check.markdown}
-    for flag, file in wanted.items():
-        if file is not None:
-            files.require_file(file, flag)
-    model = language(bundle, threads)
-    verdict, name = language_check.check(model), model.manifest.name
-    for flag, file in wanted.items():
-        if file is not None:
-            files.write(file, texts[flag](verdict, name), flag)
-    if as_json:
-        views.show_json(verdict.to_json())
-    else:
-        typer.echo(language_check.markdown(verdict, name), nl=False)
-    raise typer.Exit(0 if verdict.met else 1)
-
-
-def _refuse_options(bundle: Path, options: Mapping[str, object]) -> None:
-    """Refuse what is given to a language model and is not for one."""
-    for name, value in options.items():
-        if value not in (None, False):
-            raise PacklightError(name, found=f"{bundle}, a language model", expected="a bundle of arrays in and out")
 
 
 @app.command(epilog="Example: packlight explain build/lite0 --as x86-avx2")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +21,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime import bench, confidence, gate
+from runtime import confidence, gate
 from runtime import drift as drifts
 from runtime import manifest as manifests
 from runtime import samples as own
+from runtime.bench import CPU_SECONDS, rounds_in_turn, seconds
 from runtime.bundle import Bundle, require_opened
 from runtime.confidence import Interval
 from runtime.errors import BundleError
 from runtime.explain import PLAN, PLAN_BYTES, read_plan
+from runtime.exported import number
 from runtime.kernels import kernels
 from runtime.manifest import DATA, Manifest, Tensor, canonical
+from runtime.outcome import FAILURE, MET, WARNING, Case, Outcome
+from runtime.printable import code
 from runtime.samples import Sample
 from runtime.scores import NOTHING_ASKED, Asked, Scores, score
 
@@ -41,6 +46,7 @@ SAME, BETTER, WORSE, TOO_FEW = "same", "better", "worse", "too few samples to te
 SNR_MARGIN_DB, SHARE_MARGIN, METRIC_MARGIN = 0.5, 0.005, 0.005  # metric: of the reference's value
 TIME_MARGIN, SIZE_MARGIN, MACS_MARGIN = 0.05, 0.01, 0.001
 SEED = 0
+SHOWN = 50  # nodes of a page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +95,12 @@ class Comparison:
         """Whether nothing is worse beyond noise."""
         return not self.worse
 
+    def fields(self) -> dict[str, object]:
+        """All fields, and `met`."""
+        return {"met": self.met, **{name: getattr(self, name) for name in self.__slots__}}
+
     def to_json(self) -> str:
-        """Canonical JSON of all fields, and `met`."""
-        return canonical({"met": self.met, **{name: getattr(self, name) for name in self.__slots__}})
+        return canonical(self.fields())
 
 
 def compare(
@@ -166,7 +175,12 @@ def require_one_model(old: Bundle, new: Bundle) -> None:
         )  # fmt: skip
         if found < at_least:
             said = f"FP32 outputs {output.name} that agree to {found:.4g} with those of {new.path}"
-            _refuse(old, found=said, expected=f"at least {at_least:g}, which one model has", do="compare with its own baseline")
+            _refuse(
+                old,
+                found=said,
+                expected=f"at least {at_least:g}, which one model has",
+                do="compare with its own baseline",
+            )
 
 
 def _refuse(old: Bundle, *, found: str, expected: str, do: str = "give a bundle of the same model") -> None:
@@ -225,7 +239,7 @@ def _scores(old: Bundle, new: Bundle, probes: Sequence[Probe], data: str | Path 
         return score(samples, reference, models, new.manifest.judged, asked)
     if data is not None:
         _refuse(old, found="no FP32 model in either bundle", expected=f"{manifests.FP32}, to run on --data")
-    recorded = {f"probe {number}": probe for number, probe in enumerate(probes)}
+    recorded = {f"probe {at}": probe for at, probe in enumerate(probes)}
     whole = (Sample(name=name, inputs=probe.inputs) for name, probe in recorded.items())
     return score(whole, lambda sample: recorded[sample.name].fp32, models, new.manifest.judged, asked)
 
@@ -233,14 +247,14 @@ def _scores(old: Bundle, new: Bundle, probes: Sequence[Probe], data: str | Path 
 def _rows(probes: Sequence[Probe], about: Manifest) -> Iterator[Sample]:
     """The probes' rows where the first axis of every input is open, else their batches."""
     open_ = all(tensor.shape and isinstance(tensor.shape[0], str) for tensor in about.inputs)
-    for number, probe in enumerate(probes):
+    for at, probe in enumerate(probes):
         sizes = {len(array) for array in probe.inputs.values() if array.ndim}
         if not open_ or len(sizes) != 1:
-            yield Sample(name=f"probe {number}", inputs=probe.inputs)
+            yield Sample(name=f"probe {at}", inputs=probe.inputs)
             continue
         for row in range(*sizes):
             rows = {name: array[row : row + 1] for name, array in probe.inputs.items()}
-            yield Sample(name=f"probe {number}:{row}", inputs=rows)
+            yield Sample(name=f"probe {at}:{row}", inputs=rows)
 
 
 def _of_outputs(scores: Scores) -> Iterator[Difference]:
@@ -263,7 +277,9 @@ def _share(what: str, share: Array, samples: int) -> Difference:
     if ((share == 0) | (share == 1)).all():
         found = confidence.paired_shares(share[:, 0] == 1, share[:, 1] == 1)
         return judged(what, means, found, SHARE_MARGIN, samples, fewest=0)
-    found = confidence.of_sums(share[:, 1:] - share[:, :1], lambda sums: sums[:, 0] / samples, np.random.default_rng(SEED))
+    found = confidence.of_sums(
+        share[:, 1:] - share[:, :1], lambda sums: sums[:, 0] / samples, np.random.default_rng(SEED)
+    )
     return judged(what, means, found, SHARE_MARGIN, samples)
 
 
@@ -278,9 +294,9 @@ def _of_metric(scores: Scores) -> Iterator[Difference]:
 
 def speed(old: Bundle, new: Bundle, feed: Mapping[str, Array], rounds: int) -> Difference:
     """Time in turn: the median over rounds of log(old / new), as the share of time that is saved, by bootstrap over rounds."""
-    clock = bench.CPU_SECONDS if old.threads == new.threads == 1 else bench.time.perf_counter
-    calls = [partial(bench.seconds, partial(each.run, feed), clock) for each in (old, new)]
-    times = np.array(bench.rounds_in_turn(calls, rounds))
+    clock = CPU_SECONDS if old.threads == new.threads == 1 else time.perf_counter
+    calls = [partial(seconds, partial(each.run, feed), clock) for each in (old, new)]
+    times = np.array(rounds_in_turn(calls, rounds))
     ratios = np.log(np.maximum(times[0], 1e-9) / np.maximum(times[1], 1e-9))
     logs = confidence.of_median(ratios, np.random.default_rng(SEED))
     found = Interval(low=-math.expm1(-logs.low), found=-math.expm1(-logs.found), high=-math.expm1(-logs.high))
@@ -289,7 +305,12 @@ def speed(old: Bundle, new: Bundle, feed: Mapping[str, Array], rounds: int) -> D
 
 
 def judged(
-    what: str, values: tuple[float, float], found: Interval, margin: float, samples: int, fewest: int = confidence.FEWEST
+    what: str,
+    values: tuple[float, float],
+    found: Interval,
+    margin: float,
+    samples: int,
+    fewest: int = confidence.FEWEST,
 ) -> Difference:
     """The verdict of an interval, see the module; of fewer samples than `fewest` only that they are too few."""
     if samples < fewest:
@@ -329,7 +350,9 @@ def _db(signal: float, error: float) -> float:
 def _plan(bundle: Bundle) -> dict[str, str]:
     if PLAN not in bundle.manifest.files:
         return {}
-    return {node: each.precision for node, each in read_plan(bundle.path / PLAN, bundle.content(PLAN, PLAN_BYTES)).items()}
+    return {
+        node: each.precision for node, each in read_plan(bundle.path / PLAN, bundle.content(PLAN, PLAN_BYTES)).items()
+    }
 
 
 def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
@@ -338,3 +361,50 @@ def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
         was, is_ = old.get(node, "nothing"), new.get(node, "nothing")
         if was != is_:
             yield f"{node}: {was} -> {is_}"
+
+
+def outcome(found: Comparison, path: str = "") -> Outcome:
+    """For CI: what is worse is a failure, what too few samples tell of is a warning."""
+    levels = {WORSE: FAILURE, TOO_FEW: WARNING}
+    cases = (Case(what=each.what, level=levels.get(each.verdict, MET), said=str(each)) for each in found.lines)
+    return Outcome(command="compare", about=found.new, path=path, cases=tuple(cases), page=markdown(found))
+
+
+def headline(found: Comparison) -> str:
+    """The verdict in words, without names."""
+    if found.worse:
+        return f"worse in {', '.join(line.what for line in found.worse)}"
+    undecided = f", too few samples to tell of {len(found.undecided)}" if found.undecided else ""
+    return f"nothing is worse beyond noise{undecided}"
+
+
+def markdown(found: Comparison) -> str:
+    """A page for a pull request: every number of both, then the nodes that changed."""
+    rows = [f"| {' | '.join((code(row[0]), *row[1:]))} |" for row in rows_of(found)]
+    changed = [
+        line
+        for title, nodes in (("Plan", found.plan), ("Kernels", found.kernels))
+        if nodes
+        for line in ("", f"{title}, {len(nodes)} nodes:", "", *(f"- {code(node)}" for node in nodes[:SHOWN]))
+    ]
+    return "\n".join(
+        [
+            f"## {code(found.new)} against {code(found.old)}: {code(headline(found))}",
+            "",
+            "| what | old | new | better by | bounds | samples | verdict |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            *changed,
+            *(f"\n{note}" for note in found.notes),
+            "",
+        ]
+    )
+
+
+def rows_of(found: Comparison) -> Iterator[tuple[str, ...]]:
+    """What, old, new, better by, bounds, samples, verdict: as text."""
+    for each in found.lines:
+        bounds, samples = (
+            ("", "") if each.samples is None else (f"{each.low:+.3g} .. {each.high:+.3g}", str(each.samples))
+        )
+        yield each.what, number(each.old), number(each.new), f"{each.found:+.3g}", bounds, samples, each.verdict

@@ -18,12 +18,13 @@ from runtime.exported import Exported, Line, is_ceiling, number
 from runtime.judged import Judged
 from runtime.kernels import kernels
 from runtime.manifest import Budget, Machine, canonical
-from runtime.printable import code, xml
+from runtime.printable import code
 from runtime.session import PROVIDERS, open_session
 
 if TYPE_CHECKING:
     from runtime.cpu import Cpu
     from runtime.drift import Array
+    from runtime.outcome import Outcome
     from runtime.probe import Probe
 
 # A device error of 0.7 quantization errors: healthy CPUs had at most 0.68, ones that saturate 5.4 in the median
@@ -206,28 +207,25 @@ def coverage(integer_macs: float) -> str:
     return f"{100 * integer_macs:.1f} % of MACs in integer kernels"
 
 
-def junit(verdict: Verdict, name: str) -> str:
-    """JUnit XML: one test case a limit, the measured numbers as properties. Well-formed whatever a name is."""
-    worst = verdict.drift.worst_snr_db
-    cases = "".join(
-        f'  <testcase classname="{xml(name)}" name="{xml(line.what)}">'
-        + ("" if line.met else f'<failure message="{xml(f"{line}, with {coverage(verdict.integer_macs)}")}"/>')
-        + "</testcase>\n"
-        for line in verdict.lines
-    )
-    failures = sum(not line.met for line in verdict.lines)
-    return (
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f'<testsuite name="packlight {xml(name)}" tests="{len(verdict.lines)}" failures="{failures}">\n'
-        "  <properties>\n"
-        f'    <property name="integer_macs" value="{verdict.integer_macs:.6g}"/>\n'
-        f'    <property name="worst_snr_db" value="{worst:.6g}"/>\n'
-        f'    <property name="exact" value="{str(verdict.exact).lower()}"/>\n'
-        f'    <property name="device_q" value="{max(verdict.q.values(), default=0.0):.6g}"/>\n'
-        f'    <property name="model" value="{xml(verdict.model)}"/>\n'
-        f'    <property name="cpu" value="{xml(here(verdict))}"/>\n'
-        f'    <property name="recorded_on" value="{xml(_machine(verdict.recorded_on))}"/>\n'
-        f"  </properties>\n{cases}</testsuite>\n"
+def outcome(verdict: Verdict, name: str, path: str = "") -> Outcome:
+    """For CI: one case a limit and a note, the measured numbers as properties."""
+    from runtime.outcome import Outcome, of_lines, warnings  # here: `import runtime` need not load it
+
+    return Outcome(
+        command="check",
+        about=name,
+        path=path,
+        cases=(*of_lines(verdict.lines, f", with {coverage(verdict.integer_macs)}"), *warnings(verdict.notes)),
+        page=markdown(verdict, name),
+        properties={
+            "integer_macs": f"{verdict.integer_macs:.6g}",
+            "worst_snr_db": f"{verdict.drift.worst_snr_db:.6g}",
+            "exact": str(verdict.exact).lower(),
+            "device_q": f"{max(verdict.q.values(), default=0.0):.6g}",
+            "model": verdict.model,
+            "cpu": here(verdict),
+            "recorded_on": _machine(verdict.recorded_on),
+        },
     )
 
 

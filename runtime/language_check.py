@@ -22,6 +22,7 @@ from runtime.gate import FLOAT_NOISE_DB, Q_LIMIT
 from runtime.language import greedy
 from runtime.language_manifest import Limits, Loss
 from runtime.manifest import Machine, canonical
+from runtime.outcome import Outcome, of_lines
 from runtime.printable import printable
 from runtime.probe import MOST_BYTES
 
@@ -128,19 +129,9 @@ def _rms(values: Array) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
 
 
-def junit(verdict: LanguageVerdict, name: str) -> str:
-    """JUnit XML: one test case a limit."""
-    from runtime.printable import xml
-
-    cases = "".join(
-        f'  <testcase classname="{xml(name)}" name="{xml(line.what)}">'
-        + ("" if line.met else f'<failure message="{xml(str(line))}"/>')
-        + "</testcase>\n"
-        for line in verdict.lines
-    )
-    failures = sum(not line.met for line in verdict.lines)
-    head = f'<testsuite name="packlight {xml(name)}" tests="{len(verdict.lines)}" failures="{failures}">'
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}\n{cases}</testsuite>\n'
+def outcome(verdict: LanguageVerdict, name: str, path: str = "") -> Outcome:
+    """For CI: one case a limit."""
+    return Outcome(command="check", about=name, path=path, cases=of_lines(verdict.lines), page=markdown(verdict, name))
 
 
 def markdown(verdict: LanguageVerdict, name: str) -> str:

@@ -150,7 +150,7 @@ def wants_annotations() -> bool:
     return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
-def annotations(outcome: Outcome) -> str:
+def annotated(outcome: Outcome) -> str:
     """GitHub's workflow commands, one line each; nothing of what a name holds can begin another.
 
     Source: https://docs.github.com/actions/reference/workflow-commands-for-github-actions

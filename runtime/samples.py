@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from runtime.drift import Array
     from runtime.manifest import Manifest, Tensor
 ARRAYS, PICTURES = (".npz", ".npy"), (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile)
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, RuntimeError, MemoryError),
+    *(zlib.error, zipfile.BadZipFile),
+)
 LARGEST_SAMPLE = 1 << 30  # bytes
 
 
@@ -102,7 +105,7 @@ def _members(file: Path, about: Manifest, opened: ExitStack) -> Iterator[tuple[s
     if file.suffix.lower() == ".npy":
         if len(names) != 1:
             raise InputError(file.name, found="one array", expected=f".npz of {', '.join(names)}")
-        yield names[0], _Stream(opened.enter_context(open(file, "rb")), file.name)
+        yield names[0], _Stream(opened.enter_context(file.open("rb")), file.name)
         return
     archive = opened.enter_context(zipfile.ZipFile(file))
     members = {each.removesuffix(".npy"): each for each in archive.namelist()}
@@ -171,7 +174,9 @@ def labels(file: str | os.PathLike[str]) -> list[Any] | dict[str, Any]:
             if path.suffix.lower() == ".txt":
                 return [_number(line.strip()) for line in text if line.strip()]
     except (*UNREADABLE, csv.Error) as error:
-        raise InputError(str(path), found=str(error)[:200], expected="labels: .npy, .txt or .csv of name,label") from error
+        raise InputError(
+            str(path), found=str(error)[:200], expected="labels: .npy, .txt or .csv of name,label"
+        ) from error
     raise InputError(str(path), found=f"a file {path.suffix}", expected="labels: .npy, .txt or .csv of name,label")
 
 

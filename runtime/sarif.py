@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from urllib.parse import quote
 
 from runtime.printable import printable
 
@@ -29,6 +27,8 @@ def log(results: Iterable[Result], rules: Mapping[str, str], failed: str = "") -
 
     failed: why the command could not run; empty where it ran.
     """
+    from urllib.parse import quote  # here: `import runtime` need not load it
+
     ids = list(rules)
     driver = {
         "name": "packlight",
@@ -59,6 +59,8 @@ def log(results: Iterable[Result], rules: Mapping[str, str], failed: str = "") -
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # the same
+
     try:
         return version("packlight")
     except PackageNotFoundError:  # a checkout on PYTHONPATH

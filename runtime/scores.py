@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class OutputScores:
     """One output of every sample, float64.
 
-    by: "reals", "equal" or "set", as `drift` judges it. rr: [samples], the reference's sum of squares. ee, cc, rc: [samples, models],
-    sums of squared errors, of the candidate's squares, and of products. max_abs: [samples, models].
+    by: "reals", "equal" or "set", as `drift` judges it. rr: [samples], the reference's sum of squares. ee, cc, rc:
+    [samples, models], sums of squared errors, of the candidate's squares, and of products. max_abs: [samples, models].
     share: [samples, models], of rows with the same top-1, of equal elements, or of items with a partner; None where there is none.
     """
 
@@ -109,10 +109,13 @@ def _outputs(
     """Of each output, for each model, how it is judged and its numbers (rr, ee, cc, rc, max_abs, share)."""
     compared = [drifts.measure([(expected, each)], against).outputs for each in found]
     for number, name in enumerate(expected):
-        yield name, [
-            (drifts_of[number].by, _numbers(expected[name], each[name], drifts_of[number]))
-            for each, drifts_of in zip(found, compared, strict=True)
-        ]
+        yield (
+            name,
+            [
+                (drifts_of[number].by, _numbers(expected[name], each[name], drifts_of[number]))
+                for each, drifts_of in zip(found, compared, strict=True)
+            ],
+        )
 
 
 def _numbers(reference: Array, candidate: Array, drift: OutputDrift) -> Array:
@@ -169,7 +172,9 @@ def top1(outputs: Outputs, label: Any) -> float:
         PacklightError: the label is no whole number.
     """
     if isinstance(label, str) or int(label) != label:
-        raise PacklightError("label", found=repr(label), expected="a class's number", do="give --metric file.py:function")
+        raise PacklightError(
+            "label", found=repr(label), expected="a class's number", do="give --metric file.py:function"
+        )
     return float(int(np.argmax(next(iter(outputs.values())))) == int(label))
 
 
@@ -184,7 +189,8 @@ def function(named: str) -> Metric:
     if not name or path.suffix != ".py" or not path.is_file():
         raise PacklightError("--metric", found=named, expected="file.py:function", do="name a file that is there")
     spec = importlib.util.spec_from_file_location(f"packlight_metric_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -13,7 +13,11 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from runtime import compare as compares
+from runtime import evaluate as evaluates
 from runtime.bench import Timing
+from runtime.compare import Comparison
+from runtime.evaluate import Evaluation
 from runtime.explain import Explanation
 from runtime.exported import number
 from runtime.gate import Verdict, coverage, device_text, errors, here, numbers
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.drift import Array
 
 WIDTH = 80
+SHOWN = 20  # nodes that changed
 
 
 def show(view: RenderableType) -> None:
@@ -108,6 +113,37 @@ def explanation(value: Explanation, name: str) -> RenderableType:
         table.add_row(*names, f"{kernel.ms:.3f}", macs, *plan)
     legend = [Text(f"{number}  {printable(reason)}") for reason, number in reasons.items()]
     return Group(Text(head, style="bold"), table, *legend)
+
+
+def comparison(value: Comparison) -> RenderableType:
+    """Every number of both bundles and its verdict, then the nodes that changed."""
+    head = f"{printable(value.new)} against {printable(value.old)}: {printable(compares.headline(value))}"
+    table = _table("what", "old", "new", "better by", "bounds", "samples", "verdict")
+    for what, *rest in compares.rows_of(value):
+        table.add_row(middle(what, 18), *rest[:-1], rest[-1].replace(compares.TOO_FEW, "too few"))
+    changed = [
+        f"{kind} {printable(node)}" for kind, all_ in (("plan", value.plan), ("kernel", value.kernels)) for node in all_
+    ]
+    more = [f"and {len(changed) - SHOWN} nodes more"] if len(changed) > SHOWN else []
+    return Group(
+        Text(head, style="bold green" if value.met else "bold red"),
+        table,
+        *(Text(line) for line in (*changed[:SHOWN], *more)),
+        *(Text(f"note: {printable(note)}", style="yellow") for note in value.notes),
+    )
+
+
+def evaluation(value: Evaluation, name: str) -> RenderableType:
+    """Every number with its bounds and limit, then the worst samples."""
+    head = f"{printable(name)} on {value.samples} samples: {'met' if value.met else 'NOT MET'}"
+    table = _table("what", "found", "bounds", "limit is", "verdict")
+    for what, *rest in evaluates.rows_of(value):
+        table.add_row(middle(what, 28), *rest)
+    worst = _table("worst samples", "SNR dB", "same", "metric FP32", "metric int8")
+    for sample, *rest in evaluates.worst_of(value):
+        worst.add_row(middle(sample, 32), *rest)
+    style = "bold green" if value.met else "bold red"
+    return Group(Text(head, style=style), Text(coverage(value.integer_macs)), table, worst)
 
 
 def outputs(values: Mapping[str, Array]) -> RenderableType:

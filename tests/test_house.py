@@ -28,6 +28,7 @@ TERMINAL = {
     "language": {"tokenizers"},
     "chat": {"jinja2"},
     "cli": {"typer", "rich"},
+    "gate_cli": {"typer", "rich"},
     "views": {"typer", "rich"},
     "__main__": {"typer", "rich"},
 }

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import runtime
-from runtime import cli
+from runtime import cli, gate_cli
 from runtime.errors import PacklightError, install
 from runtime.manifest import Budget, canonical
 from tests.command import call
@@ -160,7 +160,7 @@ def test_error_of_nobodys_is_2_and_one_line_with_a_traceback_for_those_who_ask(
     def broken(*args: object, **named: object) -> None:
         raise ZeroDivisionError("a fault\nof ours")
 
-    monkeypatch.setattr(cli, "load", broken)
+    monkeypatch.setattr(gate_cli, "load", broken)
     assert call("check", bundle_folder) == 2
     out, err = capsys.readouterr()
     said = "error: this is a fault of packlight's or of your file: found ZeroDivisionError: a fault of ours"
@@ -255,7 +255,8 @@ def test_result_files_are_refused_before_the_work(
     bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     worked: list[object] = []
-    monkeypatch.setattr(cli, "load", lambda *args, **named: worked.append(args))
+    for module in (cli, gate_cli):
+        monkeypatch.setattr(module, "load", lambda *args, **named: worked.append(args))
     below = bundle_folder / "manifest.json" / "x"
     np.savez(tmp_path / "in.npz", **next(models.images(5, 1)))
     for args in (["check", "--junit"], ["check", "--markdown"], ["run", tmp_path / "in.npz", "--out"]):
@@ -276,7 +277,7 @@ def test_ctrl_c_is_130_and_one_line(
     def stopped(*args: object, **named: object) -> None:
         raise stop
 
-    monkeypatch.setattr(cli, "load", stopped)
+    monkeypatch.setattr(gate_cli, "load", stopped)
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     assert call("check", bundle_folder) == 130
     assert capsys.readouterr().err == "error: interrupted: found Ctrl-C; run it again\n"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import runtime
-from runtime import gate
+from runtime import gate, outcome
 from runtime import manifest as manifests
 from runtime.errors import BundleError
 from runtime.exported import Exported, Line, Measured
@@ -83,7 +83,9 @@ def test_bundle_that_failed_at_export_fails_where_it_is_checked(own_bundle: Path
         "exported: 0 (at least 1), snr_db logits: -1.5 (at least 10), nothing is left; "
         "speedup: as measured at export (at least 1)"
     ]
-    assert "nothing is left" in gate.junit(verdict, "tiny") and "nothing is left" in gate.markdown(verdict, "tiny")
+    assert "nothing is left" in outcome.junit(gate.outcome(verdict, "tiny")) and "nothing is left" in gate.markdown(
+        verdict, "tiny"
+    )
     models.seal(own_bundle, replace(models.manifest(Budget()), verdict=replace(FAILED, met=True, lines=())))
     assert runtime.check(runtime.load(own_bundle)).met
 

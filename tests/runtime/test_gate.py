@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 import runtime
-from runtime import cpu, drift, gate
+from runtime import cpu, drift, gate, outcome
 from runtime import manifest as manifests
 from runtime.cpu import Cpu
 from runtime.drift import Drift
@@ -113,8 +113,8 @@ def test_json_has_every_field_and_is_strict() -> None:
 
 
 def test_junit_has_a_case_a_limit_and_says_why_it_failed() -> None:
-    suite = ET.fromstring(gate.junit(judge(min_snr_db=30.0, max_abs=1.0), 'a <"&> b'))
-    assert suite.attrib == {"name": 'packlight a <"&> b', "tests": "2", "failures": "1"}
+    suite = ET.fromstring(outcome.junit(gate.outcome(judge(min_snr_db=30.0, max_abs=1.0), 'a <"&> b')))
+    assert suite.attrib == {"name": 'packlight check a <"&> b', "tests": "2", "failures": "1", "errors": "0"}
     failures = {case.get("name"): [f.get("message") for f in case] for case in suite.iter("testcase")}
     message = "snr_db a: 20 (at least 30), with 90.0 % of MACs in integer kernels"
     assert failures == {"snr_db a": [message], "max_abs a": []}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from runtime import drift, gate, views
+from runtime import drift, gate, outcome, views
 from runtime import printable as shown
 from runtime.errors import BundleError
 from runtime.printable import MOST, code, printable, xml
@@ -79,8 +79,8 @@ def test_names_of_a_bundle_forge_neither_junit_markdown_nor_terminal(
         lines=tuple(replace(line, what=text, cause=text, met=False) for line in made.lines),
         cpu=replace(made.cpu, name=text),
     )
-    suite = ET.fromstring(gate.junit(made, text))
-    assert [case.get("name") for case in suite.iter("testcase")] == [printable(text)]
+    suite = ET.fromstring(outcome.junit(gate.outcome(made, text)))
+    assert [case.get("name") for case in suite.iter("testcase")] == [printable(text), "note 1"]
     plain = gate.markdown(test_gate.judge(min_snr_db=30.0), "tiny").splitlines()
     assert len(gate.markdown(made, text).splitlines()) == len(plain) + 1  # the note
     views.show(views.verdict(made, text))
