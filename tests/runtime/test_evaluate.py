@@ -101,8 +101,8 @@ def test_what_is_wrong_with_labels_and_metrics_is_said(bundle_folder: Path, data
         evaluate.evaluate(bundle, data, Asked(metric=scores.top1, labels=[0, 1]))
     with pytest.raises(PacklightError, match=r"--metric on rows.npz:0: found ZeroDivisionError"):
         evaluate.evaluate(bundle, data, Asked(metric=lambda outputs, label: 1 / 0))
+    (tmp_path / "m.py").write_text("x = 1\n")
     with pytest.raises(PacklightError, match="no function lost"):
-        (tmp_path / "m.py").write_text("x = 1\n")
         scores.function(f"{tmp_path / 'm.py'}:lost")
     with pytest.raises(PacklightError, match=r"expected file.py:function"):
         scores.function("nothing")
