@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from runtime import ci, gate, language_check, outcome, samples, scores, views
+from runtime import ci, confined, gate, language_check, outcome, samples, scores, views
 from runtime import compare as compares
 from runtime import evaluate as evaluates
 from runtime.bundle import load
 from runtime.errors import PacklightError
 from runtime.manifest import canonical, is_language
 from runtime.opened import language
+from runtime.printable import lines
 from runtime.scores import Asked
 
 Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, as packlight export wrote it.")]
@@ -61,6 +62,7 @@ OneThread = Annotated[int, typer.Option(min=1, help="Threads of one operator.")]
 
 
 def check(
+    context: typer.Context,
     bundle: Folder,
     against: Annotated[
         Path | None, typer.Option(metavar="OLD", help="A bundle of the same model that this one may not be worse than.")
@@ -75,11 +77,19 @@ def check(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a bundle whose weights saturate in this CPU's kernels.")
     ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Run it in a process that ends after so long.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="And that may take so much memory, as 2GB. Linux.")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Run the bundle's own probe here: hold drift and integer share against its budget, and this device against the export."""
     where = ci.wanted(fail_on, junit=junit, markdown=markdown, sarif=sarif)
+    if timeout is not None or max_memory is not None:
+        raise typer.Exit(_confined(context, timeout, max_memory))
     if is_language(bundle):
         refuse_options(bundle, {
             "--ort": ort, "--strict": strict, "--min-integer-macs": min_integer_macs, "--against": against, "--data": data,
@@ -166,6 +176,26 @@ def _language(bundle: Path, where: ci.Wanted, threads: int | None, as_json: bool
     status = ci.tell(language_check.outcome(verdict, name, str(bundle)), where)
     views.show_json(verdict.to_json()) if as_json else typer.echo(language_check.markdown(verdict, name), nl=False)
     raise typer.Exit(status)
+
+
+def _confined(context: typer.Context, timeout: float | None, max_memory: str | None) -> int:
+    """Run the same command without these two options in a process of its own; its status."""
+    most = None if max_memory is None else confined.size(max_memory, "--max-memory")
+    given, named = [context.info_name or ""], []
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if value is None or value == parameter.default or parameter.name in ("timeout", "max_memory"):
+            continue
+        if parameter.param_type_name == "argument":
+            named.append(str(value))
+        elif isinstance(value, bool):
+            given.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            given += [parameter.opts[0], str(value)]
+    ended = confined.run([*given, "--", *named], timeout, most)
+    typer.echo(lines(ended.err), err=True, nl=False)
+    typer.echo(lines(ended.out), nl=False)
+    return ended.status
 
 
 def refuse_options(bundle: Path, options: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""The one place that makes an InferenceSession: graph level ALL, log only errors, the CPU provider, and the target's entries."""
+"""The one place that makes an InferenceSession: graph level ALL, no log, the CPU provider, and the target's entries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 LISTED = "optimization.disable_specified_optimizers"  # ONNX Runtime's entry; names separated by ";"
 WEIGHTS = "session.model_external_initializers_file_folder_path"  # of a model that is given as bytes
-ERRORS_ONLY = 3  # ONNX Runtime's severity: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal
+FATAL_ONLY = (
+    4  # ONNX Runtime's severity: 3 is error, which comes as an exception and would print names of the file as they are
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ def open_session(
     settings = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
     settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    settings.log_severity_level = ERRORS_ONLY
+    settings.log_severity_level = FATAL_ONLY
     if threads is not None:
         settings.intra_op_num_threads = int(threads)
     if profile is not None:
