@@ -151,7 +151,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
-    if task in ("auto", "text-generation") and folder.is_causal(Path(source)):
+    if task == "auto" and folder.is_causal(Path(source)):
         given.refuse_others(
             source, {
                 "--target": target, "--recipe": recipe, "--heldout": heldout, "--images": images, "--ort": ort,

@@ -144,6 +144,7 @@ def decoder(config: Any) -> Decoder:
         raise TraceError(
             f"architecture {kind!r}", found="a decoder that packlight cannot write",
             expected=f"one of {', '.join(ARCHITECTURES)}", op_types=(kind,),
+            do="--task text-generation has optimum trace it, to arrays in and out",
         )  # fmt: skip
     if asked := getattr(config, "quantization_config", None):
         name = asked.get("quant_method", "codes") if isinstance(asked, dict) else type(asked).__name__
