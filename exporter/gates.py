@@ -138,3 +138,14 @@ def _clipped(quantized: ir.Model, gate: ir.Node, codes: ir.Value | None, found: 
     clipped.dtype, clipped.shape = ir.DataType.UINT8, gate.outputs[0].shape
     quantized.graph.insert_after(gate, clip)
     return clipped
+
+
+def refusal(node: ir.Node, movers: Collection[str]) -> str:
+    """Why a gate cannot read its input's codes; empty where it can. movers: op_types that leave codes as they are."""
+    alpha, beta = parameters(node)
+    if alpha <= 0 or not 0 <= beta <= 1:
+        return "it falls, or saturates on one side of 0 only"
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if producer is not None and producer.op_type in movers:
+        return f"a {producer.op_type} made its input, whose codes have another tensor's range"
+    return ""

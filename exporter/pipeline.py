@@ -31,6 +31,7 @@ from exporter import (
     products,
     recurrent,
     report,
+    rulebook,
     search,
     shrink,
     target,
@@ -42,6 +43,7 @@ from exporter import recipe as recipes
 from exporter.batches import Batch
 from exporter.budget import Evaluate
 from exporter.cluster import Cluster
+from exporter.numerics.formats import FLOAT
 from exporter.place import Plan
 from exporter.prepare import kept
 from exporter.progress import Progress, Silent
@@ -149,7 +151,7 @@ def _export(
     plan = place.decide(prepared.model, cpu, recipe.rules, shapes)
 
     def decide(refused: Mapping[str, str], floats: Sequence[str]) -> Plan:
-        return place.decide(prepared.model, cpu, recipe.rules, shapes, floats, not_taken=refused)
+        return place.decide(prepared.model, cpu, recipe.rules, shapes, dict.fromkeys(floats, FLOAT), refused)
 
     samples = partial(batches.samples, tensors=inputs)
     seen = tell.each(split.calibration(), "calibrate", split.total, samples)
@@ -166,7 +168,7 @@ def _export(
     few = search.compared(split.kept, plan)
     expected = list(map(graph.runner(prepared.truth), few))
     against, inner = varies.grounds(prepared.model, expected, few), varies.of_read(prepared.model, few)
-    ruled = place.ruled(prepared.model, recipe.rules, "float")
+    ruled = rulebook.given(prepared.model, recipe.rules, FLOAT)
     recurrences = recurrent.candidates(corrected.int8, plan, cpu, ruled)
     if recurrences:
         tell.stage("let LSTM run in integers, as many as the outputs bear")

@@ -16,10 +16,9 @@ Source: minimum cut as an exact optimum for two labels, Greig et al. 1989; solve
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
 
 import networkx as nx
 import numpy as np
@@ -29,10 +28,10 @@ from exporter import gates, graph, rulebook
 from exporter.batches import Array
 from exporter.errors import RecipeError
 from exporter.graph import Shape
+from exporter.numerics.formats import FLOAT, W8A8, W8A8_DYNAMIC, Scheme, Word
 from exporter.recipe import Rule
 from exporter.target import NO_KERNEL, Cost, Target
 
-Precision = Literal["int8", "dynamic", "float"]
 # Layers whose integer kernel writes float as well as codes: their output needs no DequantizeLinear of its own
 FLOAT_OUTPUT = ("MatMul", "Gemm")
 REMOVABLE = ("Relu", "Clip")
@@ -45,6 +44,7 @@ GIVEN = "in integers as the file has it"
 # They read a tensor's shape, which its codes have too: no value crosses to them
 SHAPE_READERS = ("Shape", "Size")
 NONE_REFUSED: Mapping[str, str] = MappingProxyType({})
+NONE_CHOSEN: Mapping[str, Scheme] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +53,13 @@ class Decision:
 
     node: str
     op_type: str
-    precision: Precision
+    scheme: Scheme
     reason: str
     macs: int
+
+    @property
+    def precision(self) -> Word:
+        return self.scheme.word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,16 +75,26 @@ class Plan:
 
     @property
     def int8(self) -> tuple[str, ...]:
-        return tuple(decision.node for decision in self.decisions if decision.precision == "int8")
+        return self.of(W8A8)
 
     @property
     def dynamic(self) -> tuple[str, ...]:
-        return tuple(decision.node for decision in self.decisions if decision.precision == "dynamic")
+        return self.of(W8A8_DYNAMIC)
+
+    def of(self, scheme: Scheme) -> tuple[str, ...]:
+        """The nodes of a scheme."""
+        return tuple(decision.node for decision in self.decisions if decision.scheme == scheme)
 
     @property
     def float_layers(self) -> tuple[Decision, ...]:
-        """Nodes with MACs that stay float: each has its reason."""
-        return tuple(decision for decision in self.decisions if decision.precision == "float" and decision.macs)
+        """Nodes with MACs that compute in float: each has its reason."""
+        return tuple(decision for decision in self.decisions if not decision.scheme.in_integers and decision.macs)
+
+    @property
+    def integer_share(self) -> float:
+        """The share of MACs that are in integers, 0..1."""
+        macs = sum(decision.macs for decision in self.decisions)
+        return sum(decision.macs for decision in self.decisions if decision.scheme.in_integers) / max(1, macs)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -92,7 +106,7 @@ class Plan:
         return replace(
             self,
             decisions=tuple(
-                replace(each, precision="int8") if each.reason == GIVEN else each
+                replace(each, scheme=W8A8) if each.reason == GIVEN else each
                 for each in self.decisions
                 if each.op_type not in graph.CROSSINGS or each.reason != GIVEN
             ),
@@ -117,8 +131,7 @@ def decide(
     target: Target,
     rules: Sequence[Rule],
     shapes: Mapping[str, Shape],
-    floats: Collection[str] = (),
-    dynamic: Collection[str] = (),
+    layers: Mapping[str, Scheme] = NONE_CHOSEN,
     not_taken: Mapping[str, str] = NONE_REFUSED,
 ) -> Plan:
     """Place every node of the prepared graph.
@@ -128,8 +141,7 @@ def decide(
         target: what the CPU can do, and at what cost.
         rules: first match wins, by node name or op_type (`*` and `?` match any text).
         shapes: the shape of every tensor on one real batch (`graph.shapes`): sizes decide what a crossing costs.
-        floats: names of nodes that are float whatever they cost, as a search asks; no pattern, and before the rules.
-        dynamic: names of layers that are dynamic, in the same way, where they are not among `floats`.
+        layers: {node: its scheme}, whatever it costs, as a search asks; no patterns, and before the rules.
         not_taken: {node: why the quantizer does not take it}: float, whatever a rule says.
 
     Raises:
@@ -137,36 +149,23 @@ def decide(
     """
     nodes = list(model.graph)
     ruled = rulebook.matched(rules, nodes)
-    asked: tuple[tuple[Precision, Collection[str]], ...] = (("dynamic", dynamic), ("float", floats))
-    for precision, names in asked:
-        ruled |= {
-            node: Rule(match=node.name, precision=precision, why="search")
-            for node in nodes
-            if node.name and node.name in names
-        }
+    for node in nodes:
+        if node.name and node.name in layers:
+            ruled[node] = Rule(match=node.name, precision=layers[node.name].word, why="search")
     refused = {node: not_taken.get(node.name or "") or _refusal(node, target) for node in nodes}
-    ruled = {node: r for node, r in ruled.items() if r.precision != "int8" or not _overruled(node, not_taken, floats)}
+    ruled = {node: r for node, r in ruled.items() if r.scheme != W8A8 or not _overruled(node, not_taken, layers)}
     for node, rule in ruled.items():
-        if rule.precision == "int8" and refused[node]:
+        if why := refused[node] if rule.scheme == W8A8 else REFUSAL[rule.scheme](node, target):
             raise RecipeError(
-                f"rule {rule.match!r} asks for int8",
-                found=f"{node.op_type} {node.name}: {refused[node]}",
-                expected="a node with an integer kernel",
-                where="rules",
-            )
-        if rule.precision == "dynamic" and (why := not_dynamic(node, target)):
-            raise RecipeError(
-                f"rule {rule.match!r} asks for dynamic",
-                found=f"{node.op_type} {node.name}: {why}",
-                expected="a layer that dynamic int8 can run",
-                where="rules",
-            )
+                f"rule {rule.match!r} asks for {rule.precision}", found=f"{node.op_type} {node.name}: {why}",
+                expected=rule.scheme.takes, where="rules",
+            )  # fmt: skip
     chosen = _cut(nodes, target, ruled, refused, shapes)
     decisions = tuple(
         Decision(
             node=node.name or "",
             op_type=node.op_type,
-            precision=_precision(node, chosen, ruled),
+            scheme=_scheme(node, chosen, ruled),
             reason=_reason(node, node in chosen, ruled.get(node), refused[node], target),
             macs=graph.macs(node, shapes),
         )
@@ -180,12 +179,6 @@ def decide(
         if value.name and value.dtype == ir.DataType.FLOAT
     )
     return Plan(decisions=decisions, tensors=tuple(name for name in needed if name), refused=dict(not_taken))
-
-
-def ruled(model: ir.Model, rules: Sequence[Rule], precision: Precision) -> frozenset[str]:
-    """Names of the nodes that a rule calls int8, dynamic or float."""
-    matched = rulebook.matched(rules, list(model.graph))
-    return frozenset(node.name or "" for node, rule in matched.items() if rule.precision == precision)
 
 
 def not_dynamic(node: ir.Node, target: Target) -> str:
@@ -203,10 +196,12 @@ def not_dynamic(node: ir.Node, target: Target) -> str:
     return "" if weight.ndim == 2 and weight.dtype == np.float32 else "dynamic int8 multiplies by a float32 matrix"
 
 
-def _overruled(node: ir.Node, not_taken: Collection[str], floats: Collection[str]) -> bool:
+def _overruled(node: ir.Node, not_taken: Collection[str], layers: Mapping[str, Scheme]) -> bool:
     """Whether no rule can make a node int8: the quantizer does not take it, or what it folds into is float."""
     maker = node.inputs[0].producer() if node.op_type in REMOVABLE and node.inputs[0] is not None else None
-    return node.name in not_taken or (maker is not None and (maker.name in not_taken or maker.name in floats))
+    return node.name in not_taken or (
+        maker is not None and (maker.name in not_taken or layers.get(maker.name or "") == FLOAT)
+    )
 
 
 def _lstm_refusal(node: ir.Node) -> str:
@@ -216,10 +211,10 @@ def _lstm_refusal(node: ir.Node) -> str:
     return "dynamic int8 takes steps first, and its batches come first" if node.attributes.get_int("layout", 0) else ""
 
 
-def _precision(node: ir.Node, chosen: Collection[ir.Node], ruled: Mapping[ir.Node, Rule]) -> Precision:
+def _scheme(node: ir.Node, chosen: Collection[ir.Node], ruled: Mapping[ir.Node, Rule]) -> Scheme:
     if node in chosen:
-        return "int8"
-    return "dynamic" if node in ruled and ruled[node].precision == "dynamic" else "float"
+        return W8A8
+    return ruled[node].scheme if node in ruled and ruled[node].scheme != W8A8 else FLOAT
 
 
 def _refusal(node: ir.Node, target: Target) -> str:
@@ -251,17 +246,7 @@ def _refusal(node: ir.Node, target: Target) -> str:
         return "it reads a constant table"
     if op in REMOVABLE:
         return _removable_refusal(node)
-    return _gate_refusal(node, target) if op == gates.GATE else ""
-
-
-def _gate_refusal(node: ir.Node, target: Target) -> str:
-    alpha, beta = gates.parameters(node)
-    if alpha <= 0 or not 0 <= beta <= 1:
-        return "it falls, or saturates on one side of 0 only"
-    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if producer is not None and producer.op_type in target.movers:
-        return f"a {producer.op_type} made its input, whose codes have another tensor's range"
-    return ""
+    return gates.refusal(node, target.movers) if op == gates.GATE else ""
 
 
 def _layer_refusal(node: ir.Node, weight: Array | None) -> str:
@@ -373,11 +358,11 @@ def _cut(
     for node in nodes:
         rule = ruled.get(node)
         always = node.op_type in target.layers and target.layer is None
-        by_default = "float" if _slow(node, target) else "int8" if always else ""
-        side = "float" if refused[node] else rule.precision if rule is not None else by_default
-        if side in ("float", "dynamic"):
+        by_default = FLOAT if _slow(node, target) else W8A8 if always else None
+        side = FLOAT if refused[node] else rule.scheme if rule is not None else by_default
+        if side is not None and side != W8A8:
             network.add_edge(node, "float")  # without a capacity: never cut
-        elif side == "int8":
+        elif side is not None:
             network.add_edge("int8", node)
         else:
             price = cost(node, target, shapes)
@@ -447,3 +432,11 @@ def _reason(node: ir.Node, chosen: bool, rule: Rule | None, refused: str, target
     if chosen:
         return "folds into the layer before it" if node.op_type in REMOVABLE else "its neighbours are int8"
     return refused or _slow(node, target) or "int8 costs more here than it saves, Q/DQ included"
+
+
+# scheme -> why a node cannot have it on a target; empty when it can
+REFUSAL: Mapping[Scheme, Callable[[ir.Node, Target], str]] = {
+    W8A8: _refusal,
+    W8A8_DYNAMIC: not_dynamic,
+    FLOAT: lambda node, target: "",
+}

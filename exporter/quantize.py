@@ -26,11 +26,12 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
-from exporter import dynamic, gates, graph, widen
+from exporter import dynamic, gates, graph, lower, widen
 from exporter import weights as large
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
 from exporter.errors import CalibrationError, QuantizeError
+from exporter.numerics.formats import W8A8
 from exporter.numerics.quantized import Grid, QuantizedTensor, decode, per_channel
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, SHAPE_READERS, Plan
 from exporter.prepare import edit
@@ -57,8 +58,8 @@ def to_int8(
 ) -> ir.Model:
     """Quantize the nodes that the plan calls int8: activations uint8 per tensor, weights int8 symmetric per channel.
 
-    Layers that it calls dynamic have such weights, and take the range of their activation as they run (`dynamic.lay`). Of a plan
-    with neither the graph comes out as it is.
+    Layers of other schemes are laid around them (`lower.lay`): dynamic ones take the range of their activation as they run. Of a
+    plan with neither the graph comes out as it is.
 
     Args:
         model: the prepared graph, which is not changed.
@@ -82,7 +83,7 @@ def to_int8(
         if gates_on_codes:
             gates.read(quantized, plan.int8)
         _check_numbers(quantized, model)
-    dynamic.lay(quantized, model, plan.dynamic, rounded)
+    lower.lay(quantized, model, plan, rounded)
     return quantized
 
 
@@ -221,7 +222,7 @@ def _rewrite(model: ir.Model, plan: Plan, ranges: Ranges, rounded: Mapping[str, 
         if initializer.name in rounded:  # rounding code · scale to nearest gives the code again
             initializer.CopyFrom(onnx.numpy_helper.from_array(decode(rounded[initializer.name]), initializer.name))
     given.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # ORT then knows that shapes are inferred
-    op_types = sorted({decision.op_type for decision in plan.decisions if decision.precision == "int8"})
+    op_types = sorted({decision.op_type for decision in plan.decisions if decision.scheme == W8A8})
     with tempfile.TemporaryDirectory(prefix="packlight-") as folder, quiet():
         cache, out = Path(folder) / "ranges.json", Path(folder) / "int8.onnx"
         save_tensors_data(
@@ -341,14 +342,14 @@ def _check_plan(quantized: ir.Model, model: ir.Model, plan: Plan) -> None:
         node, before = found.get(decision.node), prepared[decision.node]
         if before.op_type in OWN:  # of the file, and float
             continue
-        removable = decision.precision == "int8" and decision.op_type in REMOVABLE
+        removable = decision.scheme == W8A8 and decision.op_type in REMOVABLE
         if node is None and not removable:
             raise _astray(before, "it is gone from the int8 graph")
         if node is None or removable:
             continue
-        if decision.precision != "int8":
+        if decision.scheme != W8A8:
             if any(_is_rounded_weight(value) for value in node.inputs):
-                raise _astray(before, f"it is planned {decision.precision} and reads a rounded weight")
+                raise _astray(before, f"it is planned {decision.scheme} and reads a rounded weight")
             continue
         for was, now in zip(before.inputs, node.inputs, strict=True):
             if _is_data(before, was) and (now is None or _producer_type(now) != DEQUANTIZE):

@@ -21,6 +21,7 @@ from exporter import budget, target
 from exporter.budget import Drop
 from exporter.data import Asked, Columns, Images, Text
 from exporter.errors import RecipeError
+from exporter.numerics.formats import SCHEMES, Scheme, Word
 
 FORMAT = 1
 OURS = ("toml", "folder")  # of a Recipe, and no key of its file
@@ -45,8 +46,12 @@ class Rule(_Table):
     """`match` a node name or an op_type (`*`, `?`); first match wins; `why` is copied into the plan."""
 
     match: str = Field(min_length=1)
-    precision: Literal["float", "int8", "dynamic"]
+    precision: Word
     why: str = Field(min_length=1)
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.precision]
 
 
 class Search(_Table):

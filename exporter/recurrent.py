@@ -28,6 +28,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from exporter import bear, graph, place
 from exporter.batches import Batch
 from exporter.budget import Accepts
+from exporter.numerics.formats import FLOAT, W8A8_DYNAMIC
 from exporter.numerics.quantized import symmetric
 from exporter.place import LSTM, Decision, Plan
 from exporter.prepare import edit
@@ -52,7 +53,7 @@ class Laid:
 
 def candidates(int8: ir.Model, plan: Plan, target: Target, left: Collection[str] = ()) -> tuple[str, ...]:
     """LSTM that are float in the plan and would be faster in integers on the target, without those that are to be left alone."""
-    free = {d.node for d in plan.decisions if d.precision == "float"} - set(left)
+    free = {d.node for d in plan.decisions if d.scheme == FLOAT} - set(left)
     return tuple(node.name or "" for node in int8.graph if node.name in free and _pays(node, target))
 
 
@@ -113,7 +114,7 @@ def improve(
 
     def decided(each: Decision) -> Decision:
         if each.node in layers:
-            return replace(each, precision="dynamic", reason=reason)
+            return replace(each, scheme=W8A8_DYNAMIC, reason=reason)
         return replace(each, reason=f"{each.reason}; {refused[each.node]}") if each.node in refused else each
 
     decisions = tuple(map(decided, plan.decisions))

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import onnx_ir as ir
 
 from exporter.errors import RecipeError
+from exporter.numerics.formats import Scheme
 from exporter.recipe import Rule
 
 
@@ -32,3 +33,9 @@ def matched(rules: Sequence[Rule], nodes: Sequence[ir.Node]) -> dict[ir.Node, Ru
         for node in found:
             matched.setdefault(node, rule)
     return matched
+
+
+def given(model: ir.Model, rules: Sequence[Rule], scheme: Scheme) -> frozenset[str]:
+    """Names of the nodes that a rule gives a scheme."""
+    nodes = matched(rules, list(model.graph))
+    return frozenset(node.name or "" for node, rule in nodes.items() if rule.scheme == scheme)

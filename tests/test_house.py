@@ -82,6 +82,7 @@ STAGES = (
     "bear",
     "recurrent",
     "dynamic",
+    "lower",
     "widen",
     "quantize",
     "accept",

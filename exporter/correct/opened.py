@@ -30,6 +30,7 @@ from exporter.calibrate import Range, Ranges, intervals
 from exporter.correct import choose, moves
 from exporter.correct.choose import Corrected
 from exporter.graph import Shape
+from exporter.numerics.formats import W8A8
 from exporter.place import Decision, Plan
 from exporter.prepare import edit
 from exporter.target import Target
@@ -157,7 +158,7 @@ def _placed(plan: Plan, lines: Mapping[str, _Line], shapes: Mapping[str, Shape])
             decisions.append(each)
             continue
         macs = math.prod(shapes[line.x])
-        decisions.append(Decision(node=line.node, op_type="Conv", precision="int8", reason=REASON, macs=macs))
+        decisions.append(Decision(node=line.node, op_type="Conv", scheme=W8A8, reason=REASON, macs=macs))
         decisions.append(replace(each, op_type="Clip", reason="folds into the layer before it") if line.clips else each)
     tensors = (*plan.tensors, *(each.line for each in lines.values()))
     return replace(plan, decisions=tuple(decisions), tensors=tensors)

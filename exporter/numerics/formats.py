@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
+Word = Literal["float", "int8", "dynamic"]  # a scheme in a recipe's rules and in a plan
+
 
 @dataclass(frozen=True, slots=True)
 class PerTensor:
@@ -152,15 +154,17 @@ UINT4 = Format(bits=4, signed=False, symmetric=False)
 class Scheme:
     """How a layer computes: the formats of its weights and of its activations.
 
-    name: the field's (W: weights, A: activations, and their bits). plan: its word in a plan and in a recipe's rules.
+    name: the field's (W: weights, A: activations, and their bits). word: that of a plan and of a recipe's rules.
     activations: FP32 where the layer computes in float. dynamic: whether their range is taken as they run.
+    takes: what it needs, as a message says it.
     """
 
     name: str
-    plan: str
+    word: Word
     weights: Format
     activations: Format
     dynamic: bool = False
+    takes: str = "a node"
 
     @property
     def in_integers(self) -> bool:
@@ -168,11 +172,14 @@ class Scheme:
         return self.activations.kind == "integer"
 
     def __str__(self) -> str:
-        return self.plan
+        return self.word
 
 
-W8A8 = Scheme(name="W8A8", plan="int8", weights=INT8, activations=UINT8)
-W8A8_DYNAMIC = Scheme(name="W8A8 dynamic", plan="dynamic", weights=INT8, activations=UINT8, dynamic=True)
-FLOAT = Scheme(name="FP32", plan="float", weights=FP32, activations=FP32)
+W8A8 = Scheme(name="W8A8", word="int8", weights=INT8, activations=UINT8, takes="a node with an integer kernel")
+W8A8_DYNAMIC = Scheme(
+    name="W8A8 dynamic", word="dynamic", weights=INT8, activations=UINT8, dynamic=True,
+    takes="a layer that dynamic int8 can run",
+)  # fmt: skip
+FLOAT = Scheme(name="FP32", word="float", weights=FP32, activations=FP32)
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType({each.plan: each for each in (W8A8, W8A8_DYNAMIC, FLOAT)})
+SCHEMES: Mapping[Word, Scheme] = MappingProxyType({each.word: each for each in (W8A8, W8A8_DYNAMIC, FLOAT)})

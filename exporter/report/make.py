@@ -332,12 +332,12 @@ def _planned_float(plan: Plan) -> Iterable[FloatLayer]:
 def _ran_float(plan: Plan, kernels: Iterable[Kernel]) -> Iterable[FloatLayer]:
     """Layers that ran in float and are not in the plan as such: against it, or in a body that it does not look into."""
     planned = {d.node for d in plan.decisions}
-    integer = {d.node: d for d in plan.decisions if d.precision != "float"}
+    integer = {d.node: d for d in plan.decisions if d.scheme.in_integers}
     bodies = any(d.op_type in ("If", "Loop", "Scan") for d in plan.decisions)
     for kernel in kernels:
         node = ADDED.sub("", kernel.node)
         if kernel.macs and not kernel.integer and node in integer:
-            reason = f"planned {integer[node].precision}, but ONNX Runtime ran {kernel.kernel} in {kernel.types}"
+            reason = f"planned {integer[node].scheme}, but ONNX Runtime ran {kernel.kernel} in {kernel.types}"
             yield FloatLayer(node=node, op_type=integer[node].op_type, macs=kernel.macs, reason=reason)
         elif bodies and kernel.macs and not kernel.integer and node not in planned:
             reason = "inside a branch or loop body, which is not quantized"

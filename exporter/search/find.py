@@ -36,6 +36,7 @@ from itertools import chain
 
 from exporter import optional
 from exporter.correct import Opened
+from exporter.numerics.formats import FLOAT, W8A8_DYNAMIC, Scheme
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.search import costs
@@ -432,8 +433,8 @@ def _explained(scores: Scores, chosen: Point, first: Point) -> Plan:
     plan = scores.plan(choice_of(chosen))
     quick = set(scores.problem.costs.faster)
     reasons = {
-        name: _why(precision, len(names), chosen, first)
-        for precision, names in (("float", chosen.float_layers), ("dynamic", chosen.dynamic_layers))
+        name: _why(scheme, len(names), chosen, first)
+        for scheme, names in ((FLOAT, chosen.float_layers), (W8A8_DYNAMIC, chosen.dynamic_layers))
         for name in names
     }
     reasons |= {name: "search: the model is faster with it in float" for name in chosen.float_layers if name in quick}
@@ -441,6 +442,6 @@ def _explained(scores: Scores, chosen: Point, first: Point) -> Plan:
     return replace(plan, decisions=tuple(decisions))
 
 
-def _why(precision: str, layers: int, chosen: Point, first: Point) -> str:
+def _why(scheme: Scheme, layers: int, chosen: Point, first: Point) -> str:
     together = f", with {layers - 1} more" if layers > 1 else ""
-    return f"search: {precision}{together} takes the outputs from {first.snr_db:.1f} to {chosen.snr_db:.1f} dB"
+    return f"search: {scheme}{together} takes the outputs from {first.snr_db:.1f} to {chosen.snr_db:.1f} dB"

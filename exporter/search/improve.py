@@ -24,6 +24,7 @@ from exporter.correct import GATES, Corrected, Opened
 from exporter.errors import RecipeError
 from exporter.gates import GATE
 from exporter.graph import Shape
+from exporter.numerics.formats import W8A8
 from exporter.place import Plan
 from exporter.progress import Progress
 from exporter.recipe import Recipe
@@ -111,7 +112,7 @@ def improve(
         RecipeError: the cost table cannot be read, or is of another graph.
     """
     start, plain = clock(), corrected.int8
-    gates = {each.op_type for each in plan.decisions if each.op_type in GATES and each.precision == "int8"}
+    gates = {each.op_type for each in plan.decisions if each.op_type in GATES and each.scheme == W8A8}
     if GATE in gates:
         plain = correct.under(model, plan, ranges, means, corrected, gates_on_codes=False)
     source = partial(correct.source, model, means=means, corrected=corrected)
@@ -188,10 +189,8 @@ def unsearched(
 
     seen = optional.attempt(measured, None).value
     snr_db = -math.inf if seen is None else seen.worst_snr_db
-    macs = sum(each.macs for each in plan.decisions)
-    share = sum(each.macs for each in plan.decisions if each.precision != "float") / max(1, macs)
     asked = replace(limits(recipe), min_integer_macs=recipe.budget.min_integer_macs)
-    met = seen is not None and all(line.met for line in gate.limits(asked, seen, share, 0, 0))
+    met = seen is not None and all(line.met for line in gate.limits(asked, seen, plan.integer_share, 0, 0))
     point = Point(float_layers=(), snr_db=snr_db, ms=prices.predict(model, plan, costs, shapes), met=met)
     found = Found(
         plan=plan, opened=None, first=point, chosen=point, accepted=met, reached=met and snr_db >= recipe.search.aim_snr_db,

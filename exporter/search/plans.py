@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from exporter import dynamic, gates, graph, place, quantize
+from exporter import gates, graph, lower, place, quantize, rulebook
 from exporter.graph import Shape
+from exporter.numerics.formats import FLOAT, W8A8, W8A8_DYNAMIC, Scheme
 from exporter.place import Plan
 from exporter.recipe import Rule
 from exporter.search import variant
@@ -30,6 +31,11 @@ class Choice:
     floats: frozenset[str] = NONE
     dynamic: frozenset[str] = NONE
     opened: bool = False
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """{layer: its scheme}."""
+        return dict.fromkeys(self.dynamic, W8A8_DYNAMIC) | dict.fromkeys(self.floats, FLOAT)
 
     def with_floats(self, layers: frozenset[str]) -> Choice:
         return Choice(floats=self.floats | layers, dynamic=self.dynamic - layers)
@@ -72,11 +78,11 @@ class Plans:
         self._source, self._target, self._rules = source, target, tuple(rules)
         self._known, self._weights = variant.pairs(int8), quantize.weights(int8)
         self._plans = {STATIC: static}
-        self._recurrent = {d.node: d for d in static.decisions if d.op_type == place.LSTM and d.precision == "dynamic"}
-        asked = place.ruled(model, rules, "int8")
+        self._recurrent = {d.node: d for d in static.decisions if d.op_type == place.LSTM and d.scheme == W8A8_DYNAMIC}
+        asked = rulebook.given(model, rules, W8A8)
         before = {reader.name: value.producer() for reader in model.graph for value in reader.inputs[:1] if value}
         kept = asked | {maker.name for name in asked if (maker := before.get(name)) is not None}
-        self.layers = tuple(d.node for d in static.decisions if d.macs and d.precision == "int8" and d.node not in kept)
+        self.layers = tuple(d.node for d in static.decisions if d.macs and d.scheme == W8A8 and d.node not in kept)
         self.dynamic = frozenset(
             node.name or "" for node in model.graph if node.name in self.layers and not place.not_dynamic(node, target)
         )
@@ -95,19 +101,18 @@ class Plans:
 
     def plan(self, choice: Choice) -> Plan:
         if choice not in self._plans:
-            dynamic = choice.dynamic | self._recurrent.keys()
-            refused = self.static.refused
-            plan = place.decide(self.model, self._target, self._rules, self.shapes, choice.floats, dynamic, refused)
+            layers = dict.fromkeys(self._recurrent, W8A8_DYNAMIC) | choice.schemes
+            plan = place.decide(self.model, self._target, self._rules, self.shapes, layers, self.static.refused)
             decisions = (self._recurrent.get(each.node, each) for each in plan.decisions)
             self._plans[choice] = replace(plan, decisions=tuple(decisions))
         return self._plans[choice]
 
     def int8(self, choice: Choice) -> ir.Model:
-        """As the quantizer would make it; gates are read and dynamic layers are laid as `quantize.to_int8` does."""
+        """As the quantizer would make it; gates are read and other schemes are laid as `quantize.to_int8` does."""
         plan = self.plan(choice)
         made = variant.of(self._source(plan), plan, self._known)
         gates.read(made, plan.int8)
-        dynamic.lay(made, self.model, plan.dynamic, self._weights)
+        lower.lay(made, self.model, plan, self._weights)
         return made
 
     def in_order(self, layers: frozenset[str]) -> tuple[str, ...]:

@@ -263,9 +263,7 @@ class Scores:
         if self.squashed:
             made = map(graph.runner(graph.unsquashed(int8)), batches)
             noise = drift.measure(zip(inner, made, strict=True), self.inner_grounds)
-        macs = sum(d.macs for d in plan.decisions)
-        share = sum(d.macs for d in plan.decisions if d.precision != "float") / max(1, macs)
-        met = all(line.met for line in gate.limits(self.goal.budget, found, share, 0, 0))
+        met = all(line.met for line in gate.limits(self.goal.budget, found, plan.integer_share, 0, 0))
         return Evaluation(snr_db=noise.worst_snr_db, met=met, seconds=self.clock() - start)
 
     def accepts(self, point: Point) -> bool:

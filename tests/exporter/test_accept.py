@@ -14,6 +14,7 @@ import exporter
 from exporter import accept, graph, place, quantize
 from exporter.calibrate import Range, Ranges
 from exporter.errors import QuantizeError
+from exporter.numerics.formats import FLOAT
 from exporter.place import Plan
 from exporter.recipe import Rule
 from exporter.search.plans import Choice, Plans
@@ -40,7 +41,7 @@ def accepted(rules: Sequence[Rule] = (), ranges: Mapping[str, Range] | None = No
     shapes = graph.shapes(model, BATCH)
 
     def decide(refused: Mapping[str, str], floats: Sequence[str]) -> Plan:
-        return place.decide(model, X86_VNNI, rules, shapes, floats, not_taken=refused)
+        return place.decide(model, X86_VNNI, rules, shapes, dict.fromkeys(floats, FLOAT), refused)
 
     its = Ranges(tensors={**found.tensors, **(ranges or {})}, batches=1, method="minmax")
     return accept.accepted(model, decide({}, ()), its, BATCH, decide)

@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from exporter import dynamic, graph, lint, place, quantize
+from exporter import dynamic, graph, lint, place, quantize, rulebook
 from exporter.calibrate import Ranges, observe
 from exporter.correct import bias
 from exporter.errors import RecipeError
+from exporter.numerics.formats import FLOAT, W8A8_DYNAMIC
 from exporter.numerics.quantized import nearest, per_channel
 from exporter.place import Plan
 from exporter.recipe import Rule
@@ -44,7 +45,13 @@ NAMES = ("first", "second", "third", "fourth")
 
 def planned(model: ir.Model, batch: Mapping[str, Array], names: tuple[str, ...] = NAMES) -> Plan:
     products = [node.name or "" for node in model.graph if all(graph.constant(each) is None for each in node.inputs)]
-    return place.decide(model, X86_VNNI, (), graph.shapes(model, batch), products, names)
+    return place.decide(
+        model,
+        X86_VNNI,
+        (),
+        graph.shapes(model, batch),
+        dict.fromkeys(names, W8A8_DYNAMIC) | dict.fromkeys(products, FLOAT),
+    )
 
 
 def ran(model: ir.Model, batch: Mapping[str, Array], folder: Path) -> Kernels:
@@ -202,7 +209,7 @@ def test_rule_makes_a_layer_dynamic_and_its_reason_is_in_the_plan() -> None:
     plan = place.decide(model, X86_VNNI, rules, graph.shapes(model, batch))
     assert plan.dynamic == ("second",)
     assert "second | Gemm | dynamic | rule 'Gemm': speech has outliers" in plan.to_text()
-    assert place.ruled(model, rules, "dynamic") == {"second"}
+    assert rulebook.given(model, rules, W8A8_DYNAMIC) == {"second"}
 
 
 @pytest.mark.parametrize(

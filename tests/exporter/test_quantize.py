@@ -10,6 +10,7 @@ import pytest
 from exporter import graph, place, quantize
 from exporter.calibrate import Range, observe
 from exporter.errors import QuantizeError
+from exporter.numerics.formats import W8A8
 from exporter.numerics.quantized import decode, per_channel
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, Decision, Plan
 from exporter.prepare import constants, unshare
@@ -204,7 +205,7 @@ def test_biases_shared_through_identity_leave_no_conv_float() -> None:
 def test_onnxruntimes_quantizer_alone_leaves_them_float_in_this_version() -> None:
     """When this fails, ORT handles shared biases by itself and rule 2 of prepare/constants is one reason poorer."""
     model, batch = shared_bias(), {"x0": graphs.noise(0, 2, 4, 5, 5)}
-    decisions = [Decision(node=f"c{n}", op_type="Conv", precision="int8", reason="", macs=1) for n in range(10)]
+    decisions = [Decision(node=f"c{n}", op_type="Conv", scheme=W8A8, reason="", macs=1) for n in range(10)]
     plan = Plan(decisions=tuple(decisions), tensors=tuple(f"x{n}" for n in range(11)))
     ranges = observe(model, plan.tensors, iter([batch])).ranges
     assert len(codes(quantize._rewrite(model, plan, ranges, {}), np.int32)) < 10

@@ -10,6 +10,7 @@ import pytest
 from exporter import dynamic, graph, place, quantize
 from exporter.calibrate import observe
 from exporter.errors import RecipeError
+from exporter.numerics.formats import FLOAT, W8A8_DYNAMIC
 from exporter.recipe import Rule
 from exporter.search import costs
 from exporter.target import PORTABLE, X86_VNNI
@@ -50,7 +51,9 @@ def test_dynamic_layers_were_timed_with_what_finds_their_ranges() -> None:
     found = costs.measure(model, plan, int8, batch, X86_VNNI, sizes, laid, runs=3)
     assert {name for name, each in found.nodes.items() if each.dynamic_ms > 0} == set(names)
     products = [d.node for d in plan.decisions if d.op_type == "MatMul"]
-    other = place.decide(model, X86_VNNI, (), sizes, products, names)
+    other = place.decide(
+        model, X86_VNNI, (), sizes, dict.fromkeys(names, W8A8_DYNAMIC) | dict.fromkeys(products, FLOAT)
+    )
     floats = sum(each.float_ms for name, each in found.nodes.items() if name not in names)
     assert costs.predict(model, other, found, sizes) == pytest.approx(
         floats + sum(found.nodes[name].dynamic_ms for name in names)
@@ -64,7 +67,9 @@ def test_dynamic_layer_that_was_not_timed_takes_what_the_static_one_takes() -> N
     known = costs.from_table(model, plan, X86_VNNI, sizes)
     unknown = replace(known, nodes={name: replace(each, dynamic_ms=0.0) for name, each in known.nodes.items()})
     products = [d.node for d in plan.decisions if d.op_type == "MatMul"]
-    other = place.decide(model, X86_VNNI, (), sizes, products, names)
+    other = place.decide(
+        model, X86_VNNI, (), sizes, dict.fromkeys(names, W8A8_DYNAMIC) | dict.fromkeys(products, FLOAT)
+    )
     floats = sum(each.float_ms for name, each in known.nodes.items() if name not in names)
     static = sum(known.nodes[name].int8_ms for name in names)
     assert costs.predict(model, other, unknown, sizes) == pytest.approx(floats + static)
@@ -80,7 +85,7 @@ def test_predicted_dynamic_layer_is_the_static_one_and_a_share_of_finding_and_ro
     rounding = (X86_VNNI.range_ns + X86_VNNI.quantize_ns) * 64 * 32 + X86_VNNI.crossing_ns
     for each in found.nodes.values():
         assert each.dynamic_ms == pytest.approx(each.int8_ms + rounding / 2 / 1e6)
-    both = place.decide(model, X86_VNNI, (), sizes, dynamic=("one", "two"))
+    both = place.decide(model, X86_VNNI, (), sizes, dict.fromkeys(("one", "two"), W8A8_DYNAMIC))
     more = costs.predict(model, both, found, sizes) - costs.predict(model, plan, found, sizes)
     assert more == pytest.approx(X86_VNNI.range_ns * 64 * 32 / 1e6)
 
@@ -134,7 +139,7 @@ def test_costs_of_another_target_or_of_a_plan_with_fewer_int8_nodes_are_refused(
     with pytest.raises(RecipeError, match="the costs of another plan, for x86-vnni"):
         costs.read(text, model, plan, PORTABLE, "costs.json")
     layers = [d.node for d in plan.decisions if d.macs and d.precision == "int8"]
-    fewer = place.decide(model, X86_VNNI, (), shapes(), floats=layers[:1])
+    fewer = place.decide(model, X86_VNNI, (), shapes(), {layers[0]: FLOAT})
     other = costs.from_table(model, fewer, X86_VNNI, shapes()).to_json()
     with pytest.raises(RecipeError, match="the costs of another plan"):
         costs.read(other, model, plan, X86_VNNI, "costs.json")

@@ -9,6 +9,7 @@ import pytest
 
 from exporter import correct
 from exporter.correct import Opened
+from exporter.numerics.formats import W8A8
 from exporter.place import Decision, Plan
 from exporter.progress import Silent
 from exporter.search import Goal, Point, Problem, search
@@ -33,7 +34,7 @@ def opening(asked: list[Plan]) -> Callable[[Plan], Opened]:
 
     def open_gates(plan: Plan) -> Opened:
         asked.append(plan)
-        line = Decision(node="gate_line", op_type="Conv", precision="int8", reason="", macs=LINE_MACS)
+        line = Decision(node="gate_line", op_type="Conv", scheme=W8A8, reason="", macs=LINE_MACS)
         wider = replace(plan, decisions=(*plan.decisions, line))
         return Opened(names=("gate",), plan=wider, corrected=replace(corrected, int8=problem().plans.model))
 
