@@ -52,8 +52,9 @@ def nodes(model: ir.Model, ends: Mapping[str, Ends], int8: Collection[str], batc
         if is_flat((0.0, spread), its):
             for node in (*graph.consumers(value), *([] if maker is None else [maker])):
                 found.setdefault(node.name or "", _told(value, spread, value, its))
+    seen = set[tuple[ir.Value, ir.Node | None]]()
     for value in model.graph.outputs:
-        _before(value, (), ends, found)
+        _before(value, (), ends, found, seen)
     return {name: why for name, why in found.items() if name in int8}
 
 
@@ -110,14 +111,19 @@ def _spreads(model: ir.Model, names: Sequence[str], batches: Sequence[Batch]) ->
     return found
 
 
-def _before(value: ir.Value, behind: tuple[ir.Node, ...], ends: Mapping[str, Ends], found: dict[str, str]) -> None:
+def _before(
+    value: ir.Value, behind: tuple[ir.Node, ...], ends: Mapping[str, Ends], found: dict[str, str],
+    seen: set[tuple[ir.Value, ir.Node | None]],
+) -> None:  # fmt: skip
     """The makers of a flat output, and of what they read as long as that is flat; Concat and moves between them and the output.
 
-    behind: the nodes between this tensor and the output, which hand its values on; the nearest first.
+    behind: the nodes between this tensor and the output, which hand its values on; the nearest first. seen: (tensor, the nearest),
+    each of which is looked at once: Concat of one tensor with itself, again and again, would have 2^n ways through it.
     """
-    node, its = value.producer(), ends.get(value.name or "")
-    if node is None:
+    node, its, way = value.producer(), ends.get(value.name or ""), (value, behind[0] if behind else None)
+    if node is None or way in seen:
         return
+    seen.add(way)
     if its is not None:
         for each in behind:
             mixed = ends.get(each.outputs[0].name or "")
@@ -130,10 +136,10 @@ def _before(value: ir.Value, behind: tuple[ir.Node, ...], ends: Mapping[str, End
                 return
             found[node.name or ""] = _told(value, its[1] - its[0], value, its)
             for read in graph.activations(node):
-                _before(read, (), ends, found)
+                _before(read, (), ends, found, seen)
     if graph.op(node) in graph.MOVES or graph.op(node) == "Concat":
         for read in graph.activations(node):
-            _before(read, (node, *behind), ends, found)
+            _before(read, (node, *behind), ends, found, seen)
 
 
 def _told(value: ir.Value, spread: float, codes_of: ir.Value, its: Ends) -> str:

@@ -64,7 +64,7 @@ def test_layer_of_such_an_output_keeps_what_varies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pads", ["", "<pads=[1,1,1,1]>"])
 def test_what_is_behind_an_input_that_varies_by_little_about_a_constant_is_float(tmp_path: Path, pads: str) -> None:
     report, plan = exported(tmp_path, "y = Conv(r, v, b)", 300.0, 0.1, pads)
-    assert "fewer than 16 steps of its codes" in plan and report.drift.worst_snr_db > 25
+    assert "fewer than 16 steps of its codes" in plan and report.met and report.drift.worst_snr_db > 25
 
 
 def test_tensors_of_an_ordinary_kind_and_constants_stay_as_they_are() -> None:
@@ -82,3 +82,10 @@ def test_tensors_of_an_ordinary_kind_and_constants_stay_as_they_are() -> None:
 def test_fewer_than_16_steps_of_the_codes_are_few() -> None:
     assert flat.is_flat((300 - 0.1, 300 + 0.1), (299.9, 300.1)) and flat.is_flat((0, 1), (0, 640))
     assert not flat.is_flat((0, 1), (0, 1)) and not flat.is_flat((3, 3), (3, 3)) and not flat.is_flat((0, 1), (0, 15.9))
+
+
+def test_concat_of_one_tensor_with_itself_again_and_again_is_looked_at_once() -> None:
+    steps = "\n".join(f"[c{n}] t{n} = Concat<axis=0>(t{n - 1}, t{n - 1})" for n in range(1, 60))
+    model = graphs.model(f"(float[N,2] x) => (float[M,2] t59) {{ [a] t0 = Relu(x)\n {steps} }}")
+    ends = {"t0": (287.9, 288.1), **{f"t{n}": (287.9, 288.1) for n in range(1, 60)}}
+    assert "a" in flat.nodes(model, ends, ["a"], [{"x": graphs.noise(0, 8, 2)}])
