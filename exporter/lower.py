@@ -7,14 +7,14 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from exporter import dynamic
-from exporter.numerics.formats import W8A8_DYNAMIC, Scheme
+from exporter import dynamic, weight_only
+from exporter.numerics.formats import W8A8_DYNAMIC, W8A32, Scheme
 from exporter.numerics.quantized import QuantizedTensor
 from exporter.place import Plan
 
 # (graph that is changed, prepared graph, names of layers, {weight: its codes})
 Lay = Callable[[ir.Model, ir.Model, Collection[str], Mapping[str, QuantizedTensor]], None]
-LOWERINGS: Mapping[Scheme, Lay] = MappingProxyType({W8A8_DYNAMIC: dynamic.lay})
+LOWERINGS: Mapping[Scheme, Lay] = MappingProxyType({W8A8_DYNAMIC: dynamic.lay, W8A32: weight_only.lay})
 
 
 def lay(changed: ir.Model, model: ir.Model, plan: Plan, weights: Mapping[str, QuantizedTensor]) -> None:

@@ -24,11 +24,11 @@ import networkx as nx
 import numpy as np
 import onnx_ir as ir
 
-from exporter import gates, graph, rulebook
+from exporter import gates, graph, rulebook, weight_only
 from exporter.batches import Array
 from exporter.errors import RecipeError
 from exporter.graph import Shape
-from exporter.numerics.formats import FLOAT, W8A8, W8A8_DYNAMIC, Scheme, Word
+from exporter.numerics.formats import FLOAT, W8A8, W8A8_DYNAMIC, W8A32, Scheme, Word
 from exporter.recipe import Rule
 from exporter.target import NO_KERNEL, Cost, Target
 
@@ -438,5 +438,6 @@ def _reason(node: ir.Node, chosen: bool, rule: Rule | None, refused: str, target
 REFUSAL: Mapping[Scheme, Callable[[ir.Node, Target], str]] = {
     W8A8: _refusal,
     W8A8_DYNAMIC: not_dynamic,
+    W8A32: weight_only.refusal,
     FLOAT: lambda node, target: "",
 }

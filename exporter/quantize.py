@@ -176,7 +176,7 @@ def weights(quantized: ir.Model) -> dict[str, QuantizedTensor]:
     for node in quantized.graph:
         codes = graph.constant(node.inputs[0]) if node.op_type == DEQUANTIZE else None
         scale = graph.constant(node.inputs[1]) if codes is not None else None
-        if codes is None or scale is None or codes.dtype != np.int8:
+        if codes is None or scale is None or codes.dtype != np.int8 or scale.ndim > 1:
             continue
         axis = node.attributes.get_int("axis", 1) if scale.ndim else 0
         channels = np.broadcast_to(scale, codes.shape[axis] if scale.ndim else codes.shape[0])

@@ -77,6 +77,7 @@ STAGES = (
     "cluster",
     "gates",
     "rulebook",
+    "weight_only",
     "place",
     "grouped",
     "bear",

@@ -200,7 +200,7 @@ def remove(folder: Path, keys: Iterable[str]) -> None:
 
 def code(files: Iterable[Path]) -> bytes:
     """Of the modules that make what is kept: while packlight is being changed, its version is not."""
-    return digest_of(*(file.read_bytes() for file in files if file.is_file()))
+    return digest_of(*(file.read_bytes() for file in files))
 
 
 def digest_of(*parts: bytes) -> bytes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-Word = Literal["float", "int8", "dynamic"]  # a scheme in a recipe's rules and in a plan
+Word = Literal["float", "int8", "dynamic", "w8a32"]  # a scheme in a recipe's rules and in a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +180,10 @@ W8A8_DYNAMIC = Scheme(
     name="W8A8 dynamic", word="dynamic", weights=INT8, activations=UINT8, dynamic=True,
     takes="a layer that dynamic int8 can run",
 )  # fmt: skip
+W8A32 = Scheme(
+    name="W8A32", word="w8a32", weights=INT8.in_blocks(0, 32), activations=FP32,
+    takes="a layer whose weight can be stored in blocks",
+)  # fmt: skip
 FLOAT = Scheme(name="FP32", word="float", weights=FP32, activations=FP32)
 
-SCHEMES: Mapping[Word, Scheme] = MappingProxyType({each.word: each for each in (W8A8, W8A8_DYNAMIC, FLOAT)})
+SCHEMES: Mapping[Word, Scheme] = MappingProxyType({each.word: each for each in (W8A8, W8A8_DYNAMIC, W8A32, FLOAT)})

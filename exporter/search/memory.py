@@ -24,16 +24,7 @@ FORMAT = 1
 FOLDER, SUFFIX = "search", ".json"  # beside calibration's, in the same cache
 LIMIT_BYTES = 64 << 20
 # What decides how a plan is built and compared
-CODE = (
-    "score.py",
-    "plans.py",
-    "variant.py",
-    "../place.py",
-    "../dynamic.py",
-    "../gates.py",
-    "../graph.py",
-    "../varies.py",
-)
+CODE = (".", "..", "../numerics")  # every module of these folders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +40,9 @@ def key(parts: Iterable[bytes]) -> str:
     """The name of a search: of what its evaluations depend on, besides the code, the libraries and the CPU."""
     here = Path(__file__).parent
     versions = json.dumps([FORMAT, cache.versions(), cache.kind_of_cpu()], sort_keys=True).encode()
-    return cache.digest_of(versions, cache.code(here / name for name in CODE), *parts).hex()
+    return cache.digest_of(
+        versions, cache.code(path for folder in CODE for path in sorted((here / folder).glob("*.py"))), *parts
+    ).hex()
 
 
 class Memory:
