@@ -26,12 +26,14 @@ from exporter.errors import RecipeError
 from exporter.forecast import text as forecast_text
 from exporter.pipeline import export
 from exporter.recipe import Recipe, limited, load_recipe, presets
-from exporter.report import Report, text
+from exporter.report import Report, text, told
 from exporter.source import Sample, Source, from_file
 from exporter.terminal import Terminal
-from runtime import cpu, files
+from runtime import ci, cpu, files
 from runtime.bundle import load
 from runtime.errors import Interrupted, PacklightError, install
+from runtime.gate import coverage
+from runtime.gate_cli import Junit, Markdown, Sarif
 from runtime.manifest import canonical
 from runtime.printable import lines, printable
 from runtime.views import show, show_json
@@ -147,10 +149,14 @@ def run(
             min=0, metavar="MINUTES", help="Train a language model's block scales so long against FP32's logits."
         ),
     ] = 0.0,
+    junit: Junit = None,
+    markdown: Markdown = None,
+    sarif: Sarif = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Trace a model, calibrate it, decide what runs in integers, and write a bundle that proves itself."""
+    where = ci.wanted(junit=junit, markdown=markdown, sarif=sarif)
     if task == "auto" and folder.is_causal(Path(source)):
         given.refuse_others(
             source, {
@@ -167,6 +173,7 @@ def run(
         )
         with Terminal() as progress:
             written = causal.export(source, out, asked, progress)
+        ci.tell(told.outcome(out.name, str(out), written.lines, str(written)), where)
         if as_json:
             show_json(written.to_json())
         else:
@@ -191,6 +198,8 @@ def run(
     report = _export(
         model, limited(chosen, most), seen, unseen, out, ort, skip_bad, cluster, _evaluate(sample), costs, max_evals, max_minutes
     )  # fmt: skip
+    beside = f", with {coverage(report.integer_macs)}"
+    ci.tell(told.outcome(report.name, str(out), report.lines, str(report), beside), where)
     _finish(report, printable(out), verbose, as_json)
 
 

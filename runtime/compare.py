@@ -3,7 +3,7 @@
 Each line is new less old, with bounds, and one of four verdicts; `margin` is the loss that is none:
 
     same                        low >= -margin      not worse by more than the margin, and that is sure
-    better                      the same, and low > 0
+    better                      the same, low > 0 and high > margin
     worse                       high < 0, and not same
     too few samples to tell     everything else
 """
@@ -296,7 +296,9 @@ def speed(old: Bundle, new: Bundle, feed: Mapping[str, Array], rounds: int) -> D
     """Time in turn: the median over rounds of log(old / new), as the share of time that is saved, by bootstrap over rounds."""
     clock = CPU_SECONDS if old.threads == new.threads == 1 else time.perf_counter
     calls = [partial(seconds, partial(each.run, feed), clock) for each in (old, new)]
-    times = np.array(rounds_in_turn(calls, rounds))
+    # who is second finds warm what both use: each is first in half of the rounds
+    first, then = rounds_in_turn(calls, rounds - rounds // 2), rounds_in_turn(calls[::-1], rounds // 2)[::-1]
+    times = np.hstack([first, then])
     ratios = np.log(np.maximum(times[0], 1e-9) / np.maximum(times[1], 1e-9))
     logs = confidence.of_median(ratios, np.random.default_rng(SEED))
     found = Interval(low=-math.expm1(-logs.low), found=-math.expm1(-logs.found), high=-math.expm1(-logs.high))
@@ -316,7 +318,7 @@ def judged(
     if samples < fewest:
         verdict = TOO_FEW
     elif found.low >= -margin:
-        verdict = BETTER if found.low > 0 else SAME
+        verdict = BETTER if found.low > 0 and found.high > margin else SAME
     else:
         verdict = WORSE if found.high < 0 else TOO_FEW
     return Difference(

@@ -29,6 +29,7 @@ TERMINAL = {
     "chat": {"jinja2"},
     "cli": {"typer", "rich"},
     "gate_cli": {"typer", "rich"},
+    "pytest_plugin": {"pytest"},
     "views": {"typer", "rich"},
     "__main__": {"typer", "rich"},
 }
@@ -296,7 +297,11 @@ def test_nothing_names_the_place_it_was_written_at() -> None:
         )
 
 
-MODULE_OF = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where a distribution's module has another name
+MODULE_OF = {
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}  # where a distribution's module has another name
 
 
 def test_tests_import_only_what_the_extra_dev_installs() -> None:

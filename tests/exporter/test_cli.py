@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,7 @@ def test_help_teaches_with_an_example(app: typer.Typer, example: str) -> None:
 
 BLOCKED = """
 import sys
+import xml.etree.ElementTree as ET
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -290,3 +292,21 @@ def test_out_below_a_file_is_refused_before_the_work(onnx_file: Path, data: Path
     assert call("export", onnx_file, "--calibration", data, "--out", data / "0.npz" / "b") == 2
     err = capsys.readouterr().err
     assert "0.npz is not a folder, expected a folder to write into" in err and "free some space" not in err
+
+
+def test_export_tells_ci_what_was_asked_and_found_also_where_it_could_not_run(
+    onnx_file: Path, data: Path, tmp_path: Path
+) -> None:
+    files = {"--junit": tmp_path / "e.xml", "--markdown": tmp_path / "e.md", "--sarif": tmp_path / "e.sarif"}
+    told = [each for pair in files.items() for each in pair]
+    asked = ("export", onnx_file, "--calibration", data, "--out", tmp_path / "b", "--max-evals", 0)
+    assert call(*asked, "--budget", "snr>=300dB", *told) == 1
+    suite = ET.parse(files["--junit"]).getroot()
+    failures = {case.get("name"): len(case) for case in suite}
+    assert (failures["written"], failures["snr_db y"]) == (0, 1)
+    assert files["--markdown"].read_text().startswith("## `tiny`: not met\n")
+    rules = [each["ruleId"] for each in json.loads(files["--sarif"].read_text())["runs"][0]["results"]]
+    assert "snr_db" in rules
+    assert call("export", onnx_file, "--calibration", tmp_path / "nothing", *told) == 2
+    suite = ET.parse(files["--junit"]).getroot()
+    assert (suite.get("errors"), suite.get("failures")) == ("1", "0")

@@ -101,6 +101,7 @@ def test_two_percent_of_top1_on_2000_samples_is_worse_and_none_is_not() -> None:
     [
         (-0.004, 0.1, "same"),
         (0.001, 0.1, "better"),
+        (0.001, 0.004, "same"),
         (-0.004, -0.001, "same"),
         (-0.02, -0.001, "worse"),
         (-0.02, 0.001, "too few samples to tell"),
