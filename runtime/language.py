@@ -176,16 +176,50 @@ class LanguageModel:
         Raises:
             InputError: see `tokens` and `chat`; a setting outside its range.
         """
-        if isinstance(prompt, str):
-            ids: Sequence[int] = self.encode(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self.chat(prompt)  # type: ignore[arg-type]
-        else:
-            ids = prompt  # type: ignore[assignment]
+        ids = self._ids(prompt)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         ends = [stop] if isinstance(stop, str) else list(stop)
         pieces = self._pieces(self.tokens(ids, max_new_tokens, sampling), list(ids)[-8:])
         return until(pieces, [end for end in ends if end])
+
+    def batch(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 256, sampling: Sampling | None = None
+    ) -> list[str]:
+        """The answers to several prompts of any lengths, computed together.
+
+        Raises:
+            InputError: no prompt; of each, see `tokens` and `chat`.
+        """
+        if not prompts:
+            raise InputError("prompts", found="none", expected="at least one")
+        ids = [[int(token) for token in self._ids(prompt)] for prompt in prompts]
+        for row in ids:
+            self._require_room(row, max_new_tokens)
+        how = sampling or Sampling()
+        counts, generator = [len(row) for row in ids], how.generator()
+        steps = min(max_new_tokens, self.manifest.context - max(counts))
+        decode = self.decode(max(counts) + steps, len(ids))
+        logits = decode.step(np.array([row + [0] * (max(counts) - len(row)) for row in ids], np.int64), counts)
+        answers: list[list[int]] = [[] for _ in ids]
+        open_rows = set(range(len(ids)))
+        for step in range(steps):
+            drawn = [how.choose(each, generator) for each in logits]
+            open_rows -= {at for at in open_rows if drawn[at] in self.manifest.end}
+            for at in open_rows:
+                answers[at].append(drawn[at])
+            if not open_rows or step + 1 == steps:
+                break
+            logits = decode.step(np.array(drawn, np.int64)[:, None])
+        before = [row[-8:] for row in ids]
+        return ["".join(self._pieces(iter(answer), row)) for answer, row in zip(answers, before, strict=True)]
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        """Tokens of a text, of messages, or what are tokens already."""
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.chat(prompt)  # type: ignore[arg-type]
+        return prompt  # type: ignore[return-value]
 
     def _require_room(self, prompt: list[int], more: int) -> None:
         if not prompt:

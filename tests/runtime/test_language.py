@@ -100,6 +100,15 @@ def test_prompts_that_cannot_be_answered_are_refused_before_the_first_token(
     assert said in str(error.value)
 
 
+def test_prompts_of_a_batch_are_answered_as_each_alone(model: LanguageModel) -> None:
+    prompts = ["bc", "g", [0, 9, 3, 3, 7, 2], [{"role": "user", "content": "hiab"}]]
+    assert model.batch(prompts, 12) == ["".join(model.generate(each, 12)) for each in prompts]
+    with pytest.raises(InputError, match="prompts: found none"):
+        model.batch([])
+    with pytest.raises(InputError, match="found no token"):
+        model.batch(["bc", []])
+
+
 @pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_settings_outside_their_range_are_refused(setting: dict[str, float], model: LanguageModel) -> None:
     with pytest.raises(InputError, match=next(iter(setting))):
