@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporter import graph, lint
+from exporter import graph, lint, ops
 from exporter.place import Plan
 from exporter.target import Target
 
-LAYERS = ("Conv", "Gemm", "MatMul")
+LAYERS = tuple(name for name in ops.LAYERS if ops.of(name).kernel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter import heldout, mobile, optional, ort_format, staged, weights
+from exporter import heldout, mobile, ops, optional, ort_format, staged, weights
 from exporter.batches import Batch
 from exporter.errors import CalibrationError
 from exporter.heldout import THREADS
@@ -30,28 +30,12 @@ from runtime.manifest import Manifest
 from runtime.probe import Probe, write_probe
 from runtime.verified import verify
 
-# Kernels that give the same bits on every CPU of a family, beside those that compute in integers
-EXACT = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
-    | {
-        "MaxPool",
-        "Slice",
-        "Split",
-        "Gather",
-        "Concat",
-        "DepthToSpace",
-        "SpaceToDepth",
-        "Pad",
-        "Shape",
-        "Cast",
-        "Expand",
-        "Clip",
-        "Mul",  # one rounding, as IEEE 754 says it
-    }
-)
-# These add a float bias behind their integer product, in one instruction or two; an LSTM has exponentials, too
 Finish = Callable[[Path, Manifest], tuple[Manifest, Mapping[str, bytes]]]
-ROUNDS_TWICE = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
+
+
+def same_bits(kernel: str, integer: bool) -> bool:
+    """Whether the kernel gives the same bits on every CPU of a family; one in integers without a row does."""
+    return ops.of(kernel).bits == "anywhere" or (integer and kernel not in ops.OPERATORS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +56,7 @@ class Recorded:
     @property
     def exact(self) -> bool:
         """Whether every node ran in integers, moved values or is one rounding: nothing that depends on an order of sums."""
-        return all((k.integer and k.kernel not in ROUNDS_TWICE) or k.kernel in EXACT for k in self.kernels.kernels)
+        return all(same_bits(each.kernel, each.integer) for each in self.kernels.kernels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.batches import Array, Batch
 
 Ends = tuple[float, float]  # the smallest and the largest value of a tensor
@@ -137,7 +137,7 @@ def _before(
             found[node.name or ""] = _told(value, its[1] - its[0], value, its)
             for read in graph.activations(node):
                 _before(read, (), ends, found, seen)
-    if graph.op(node) in graph.MOVES or graph.op(node) == "Concat":
+    if graph.op(node) in ops.MOVES or graph.op(node) == "Concat":
         for read in graph.activations(node):
             _before(read, (node, *behind), ends, found, seen)
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporter import weights
+from exporter import ops, weights
 from exporter.batches import Array, Batch
 from runtime import session
 from runtime.errors import BundleError, PacklightError
@@ -20,17 +20,6 @@ Shape = tuple[int, ...]
 # ONNX Runtime would round the weight of a float layer between Q/DQ at load, with one scale for all its channels
 AS_WRITTEN = session.without(session.NO_ENTRIES, "WeightBiasQuantization")
 CROSSINGS = (QUANTIZE, DEQUANTIZE) = ("QuantizeLinear", "DequantizeLinear")
-# Operators on codes, beside every QLinear*
-ON_CODES = frozenset(
-    {"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QGemm"}
-    | {"DynamicQuantizeLinear", "QAttention", "QEmbedLayerNormalization", "MatMulNBits", "GatherBlockQuantized"}
-)
-# What they make depends on which numbers are larger: a small error may change its order, or its size
-SELECTING = ("TopK", "NonMaxSuppression", "NonZero", "Compress", "Unique")
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
-SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid")
-# Nodes whose output holds the values of their input, all of them and no others
-MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 
 
 class RunError(PacklightError):
@@ -71,11 +60,6 @@ def optional(model: ir.Model) -> tuple[Tensor, ...]:
     return tensors(value for value in model.graph.inputs if value.is_initializer())
 
 
-# who reads an initializer as a weight of its own, behind its first input
-RECURRENT = ("LSTM", "GRU", "RNN")
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *RECURRENT, "BatchNormalization", "LayerNormalization")
-
-
 def settled(model: ir.Model, given: Collection[str]) -> tuple[ir.Model, dict[str, Array]]:
     """A graph in which no input has a default, and the defaults that were taken out: {input: array}.
 
@@ -90,7 +74,7 @@ def settled(model: ir.Model, given: Collection[str]) -> tuple[ir.Model, dict[str
     defaults: dict[str, Array] = {}
     for name in listed:
         value = clone.graph.initializers[name or ""]
-        weight = any(op(use.node) in WEIGHTED and use.idx for use in value.uses())
+        weight = any(use.idx and _reads_weights(use.node) for use in value.uses())
         if value.name in given or not (weight or (every and len(listed) > 1) or value.const_value is None):
             assert value.const_value is not None
             defaults[value.name or ""] = value.const_value.numpy()
@@ -101,9 +85,15 @@ def settled(model: ir.Model, given: Collection[str]) -> tuple[ir.Model, dict[str
     return clone, defaults
 
 
+def _reads_weights(node: ir.Node) -> bool:
+    """Whether it reads an initializer as a weight of its own, behind its first input."""
+    facts = ops.of(op(node))
+    return any(facts.weights) and not facts.integer
+
+
 def recurs(model: ir.Model) -> bool:
     """Whether a layer goes through a sequence by itself: ONNX Runtime's kernels of these end the process on an empty batch."""
-    return any(op(node) in RECURRENT for each in model.graphs() for node in each)
+    return any(op(node) in ops.RECURRENT for each in model.graphs() for node in each)
 
 
 def with_defaults(model: ir.Model, defaults: Mapping[str, Array]) -> ir.Model:
@@ -195,7 +185,7 @@ def in_integers(node: ir.Node) -> bool:
 
     A layer is, where it multiplies real numbers of codes by real numbers of codes; its output may be real.
     """
-    if node.op_type.startswith("QLinear") or node.op_type in (*ON_CODES, QUANTIZE, DEQUANTIZE):
+    if node.op_type.startswith("QLinear") or node.op_type in (*ops.INTEGER, QUANTIZE, DEQUANTIZE):
         return True
     real = [value for value in activations(node) if value.dtype in (ir.DataType.FLOAT, None)]
     if not real or any(value.producer() is None or value.producer().op_type != DEQUANTIZE for value in real):  # type: ignore[union-attr]
@@ -251,7 +241,8 @@ def selections(model: ir.Model) -> tuple[dict[str, ir.Value], list[ir.Value]]:
     sets = []
     for node in model.graph:
         follows = any(value in behind for value in node.inputs if value is not None)
-        if op(node) not in SELECTING and (not follows or op(node) in LAYERS or op(node) in ("Shape", "Size")):
+        facts = ops.of(op(node))
+        if not facts.selects and (not follows or op(node) in ops.LAYERS or facts.reads_shape):
             continue
         behind |= dict.fromkeys(node.outputs)
         for number, value in enumerate(node.inputs):
@@ -323,7 +314,7 @@ def squashing(output: ir.Value) -> ir.Node | None:
     rounds = ("DequantizeLinear", "QuantizeLinear", "Cast")
     while node is not None and op(node) in rounds and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node if node is not None and op(node) in SQUASHING else None
+    return node if node is not None and op(node) in ops.SQUASHING else None
 
 
 def shapes(model: ir.Model, batch: Batch) -> dict[str, Shape]:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph, ort_format, recurrent
+from exporter import graph, ops, ort_format, recurrent
 from exporter.batches import Array, Batch
 from exporter.correct.rounding import breaks_pair_rule
 from exporter.errors import QuantizeError
@@ -39,22 +39,13 @@ RULES: Mapping[str, str] = {
     FLOAT_ORT: "An .ort file keeps what it was optimized to, so a layer that was float then is float on every device.",
 }
 PRECISE = "session.x64quantprecision"
-# layer as ONNX Runtime's operators name it -> (the plain op_type, position of the weight); the activation is input 0
-INTEGER_LAYERS = {
-    "QLinearConv": ("Conv", 3),
-    "ConvInteger": ("Conv", 1),
-    "QLinearMatMul": ("MatMul", 3),
-    "MatMulInteger": ("MatMul", 1),
-    "MatMulIntegerToFloat": ("MatMul", 1),
-    "DynamicQuantizeMatMul": ("MatMul", 1),
-    "QGemm": ("Gemm", 3),
-}
-LAYERS = {"Conv": ("Conv", 1), "MatMul": ("MatMul", 1), "Gemm": ("Gemm", 1)}
+# layer, as ONNX names it or as ONNX Runtime's integer kernels do; the activation is input 0
+INTEGER_LAYERS = tuple(name for name, row in ops.OPERATORS.items() if row.plain)
+LAYERS = tuple(name for name in ops.LAYERS if ops.of(name).kernel)
 INT8, UINT8 = ir.DataType.INT8, ir.DataType.UINT8
 WIDE = (ir.DataType.INT16, ir.DataType.UINT16)
 SHORT = {INT8: "s8", UINT8: "u8", ir.DataType.INT16: "s16", ir.DataType.UINT16: "u16"}
 WIDTH = 80
-FOLDED = ("Relu", "Clip")  # into the QuantizeLinear behind them
 NAMED = 3  # nodes that the text names of one fault
 
 
@@ -234,21 +225,20 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
 def _layers(model: ir.Model) -> Iterator[_Layer]:
     for node in _nodes(model):
         if node.op_type in INTEGER_LAYERS:
-            op_type, at = INTEGER_LAYERS[node.op_type]
-            codes = _constant(node.inputs[at])
+            facts = ops.of(node.op_type)
+            codes = _constant(node.inputs[facts.weights[0]])
             activation = UINT8 if node.op_type == "DynamicQuantizeMatMul" else _dtype(node.inputs[0])
             if activation is None and node.op_type.startswith("Q"):
                 activation = _dtype(node.inputs[2])  # the zero point's type is the tensor's
-            yield _Layer(node=node, op_type=op_type, activation=activation, weight=_of(codes), codes=codes)
+            yield _Layer(node=node, op_type=facts.plain, activation=activation, weight=_of(codes), codes=codes)
         elif node.op_type == recurrent.OPERATOR:
             for codes in map(_constant, node.inputs[1:3]):  # [directions, in, 4 hidden]
                 for each in codes if codes is not None else ():
                     yield _Layer(node=node, op_type="MatMul", activation=UINT8, weight=_of(each), codes=each)
         elif node.op_type in LAYERS:
-            op_type, at = LAYERS[node.op_type]
-            activation, (weight, codes) = _dequantized(node.inputs[0])[0], _dequantized(node.inputs[at])
+            activation, (weight, codes) = _dequantized(node.inputs[0])[0], _dequantized(node.inputs[1])
             if activation is not None and weight is not None:
-                yield _Layer(node=node, op_type=op_type, activation=activation, weight=weight, codes=codes)
+                yield _Layer(node=node, op_type=node.op_type, activation=activation, weight=weight, codes=codes)
 
 
 def _dequantized(value: ir.Value | None) -> tuple[ir.DataType | None, Array | None]:
@@ -398,7 +388,7 @@ def _islands(model: ir.Model, target: Target | None) -> Iterator[Finding]:
     for node in _nodes(model):
         if (
             graph.op(node) in in_integers
-            or graph.op(node) in (*graph.CROSSINGS, *FOLDED, *INTEGER_LAYERS)
+            or graph.op(node) in (*graph.CROSSINGS, *ops.SATURATES, *INTEGER_LAYERS)
             or not node.outputs
         ):
             continue

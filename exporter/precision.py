@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass, ShapeInferencePass
 
+from exporter import ops
 from exporter.batches import Array
 
 FLOAT, DOUBLE, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.BFLOAT16
 HALVES = (ir.DataType.FLOAT16, BFLOAT16)
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
+
 # ONNX's names for attributes whose number is a type
 TYPE_ATTRIBUTES = frozenset(
     {"to", "dtype", "output_dtype", "output_datatype", "precision", "softmax_precision", "stash_type"}
@@ -109,7 +110,7 @@ def _joined_to_layers(model: ir.Model) -> set[ir.Value]:
             ends = [value for body in bodies for value in (*body.inputs, *body.outputs)]
             tensors = (*node.inputs, *node.outputs, *ends)
             doubles = [value for value in tensors if value is not None and value.dtype == DOUBLE]
-            if node.op_type in LAYERS and not node.domain:
+            if node.op_type in ops.LAYERS and not node.domain:
                 found += doubles
             if node.op_type != "Cast":
                 for value in doubles:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.place import FLOAT_OUTPUT
 from exporter.prepare import edit
 from exporter.quantize import DEQUANTIZE, QUANTIZE
@@ -64,7 +64,7 @@ def _chain(product: ir.Node) -> list[ir.Node]:
     value = product.inputs[1]
     while value is not None and len(value.uses()) == 1 and not value.is_graph_output():
         node = value.producer()
-        if node is None or node.op_type not in (*CODED, *graph.MOVES):
+        if node is None or node.op_type not in (*CODED, *ops.MOVES):
             break
         nodes.append(node)
         value = node.inputs[0]

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporter import bear, graph
+from exporter import bear, graph, ops
 from exporter.batches import Array, Batch
 from exporter.numerics.quantized import symmetric
 from exporter.prepare import edit
@@ -42,14 +42,8 @@ TABLE_BYTES = 128 << 10
 BEHIND = "int8, a scale a column, real numbers behind the Gather"
 AT_LOAD = "int8, real numbers again at load"
 IN_FLOAT = "int8, computes in float"
-RECURRENT = ("LSTM", "GRU", "RNN")
 # op_type -> the inputs that are weights
-WEIGHTS: Mapping[str, tuple[int, ...]] = {
-    "Gather": (0,),
-    **dict.fromkeys(RECURRENT, (1, 2)),
-    **dict.fromkeys(("Gemm", "Conv", "ConvTranspose"), (1,)),
-    "MatMul": (0, 1),
-}
+WEIGHTS: Mapping[str, tuple[int, ...]] = {name: ops.of(name).weights for name in ("Gather", *ops.LAYERS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +235,7 @@ def _shared_axes(node: ir.Node, index: int, rank: int) -> tuple[int, ...]:
         # what is gathered is gone from the output: columns, unless it is they
         kept = 0 if _gathered(node, rank) == rank - 1 else rank - 1
         return tuple(axis for axis in every if axis != kept)
-    if node.op_type in RECURRENT:
+    if node.op_type in ops.RECURRENT:
         return (2,)
     if node.op_type == "Gemm":
         return (1 if node.attributes.get_int("transB", 0) else 0,)

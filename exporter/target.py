@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from exporter import ops
 from exporter.errors import RecipeError
 from runtime.cpu import Cpu, read
 from runtime.session import LISTED
@@ -314,12 +315,7 @@ def of(cpu: Cpu) -> Target:
 
 
 # Why an op_type has no integer kernel, or none that a static plan may use
-NO_KERNEL: Mapping[str, str] = {
-    "LSTM": "ONNX Runtime has no static int8 kernel for LSTM; its state stays float",
-    "GRU": "ONNX Runtime has no static int8 kernel for GRU; its state stays float",
-    "RNN": "ONNX Runtime has no static int8 kernel for RNN; its state stays float",
-    "ConvTranspose": "ONNX Runtime has no integer kernel for ConvTranspose, and this one is no plain sub-pixel convolution",
-}
+NO_KERNEL: Mapping[str, str] = ops.NO_KERNEL
 
 
 def by_name(name: str, where: str = "target") -> Target:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.batches import Array, Batch
 from runtime import drift
 from runtime.drift import WHOLE, Ground, fitted, inside
@@ -23,10 +23,6 @@ GAP = 10.0  # between the parts' rms: 20 dB, which the SNR of both together hide
 LEAST_SHARE = 1 / 16  # of the channels: a few that hardly ever say anything are no part
 MOST_CHANNELS, MOST_PARTS = 4096, 64
 MOST_ELEMENTS = 1 << 20  # of a constant part: 8 MB, which travels to the workers of a cluster
-# Nodes that leave each element where it is
-IN_PLACE = frozenset(
-    {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", *graph.SQUASHING, "Relu", "Clip", "Tanh"}
-)
 
 
 def grounds(model: ir.Model, outputs: Sequence[Mapping[str, Array]], batches: Sequence[Batch]) -> dict[str, Ground]:
@@ -186,7 +182,9 @@ def _laid(value: ir.Value, shape: tuple[int, ...]) -> tuple[Part, ...]:
     """What the inputs of a Concat became in an output that only moves what it made."""
     moves: list[ir.Node] = []
     node = value.producer()
-    while node is not None and (node.op_type in graph.MOVES or node.op_type in IN_PLACE) and node.inputs[0] is not None:
+    while (
+        node is not None and (node.op_type in ops.MOVES or ops.of(node.op_type).in_place) and node.inputs[0] is not None
+    ):
         moves.append(node)
         node = node.inputs[0].producer()
     if node is None or node.op_type != "Concat" or not 2 <= len(node.inputs) <= MOST_PARTS:
@@ -242,7 +240,7 @@ def _solved(sizes: Sequence[object], total: int | None = None) -> list[int] | No
 
 def _moved(labels: Array, node: ir.Node, shape: tuple[int, ...] | None) -> Array | None:
     """The labels behind a node that moves elements; shape: of its output, where that was seen."""
-    if node.op_type in IN_PLACE:
+    if ops.of(node.op_type).in_place:
         return labels
     if node.op_type == "Transpose":
         return labels.transpose(node.attributes.get_ints("perm", list(range(labels.ndim))[::-1]))

@@ -54,6 +54,7 @@ SHARED = {
     "batches",
     "split",
     "graph",
+    "ops",
     "numerics",
     "proof",
     "recipe",

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.batches import Array, Batch
 from exporter.calibrate import statistics
 from exporter.calibrate.fold import cut, fold
@@ -178,7 +178,7 @@ def representatives(model: ir.Model, tensors: Sequence[str]) -> dict[str, str]:
 def _moved(value: ir.Value) -> ir.Value | None:
     """What a node that only moves values reads to make this one."""
     node = value.producer()
-    if node is None or node.domain or node.op_type not in graph.MOVES:
+    if node is None or node.domain or node.op_type not in ops.MOVES:
         return None
     source = node.inputs[0]
     return source if source is not None and source.dtype == ir.DataType.FLOAT else None

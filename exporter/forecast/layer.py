@@ -23,24 +23,18 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.batches import Array
 from exporter.forecast import kernel
 from exporter.forecast.kernel import Pairs
 from runtime.errors import PacklightError
 from runtime.kernels import MOVED
 
-# op_type -> positions of activation and weight
-OPERANDS = {
-    "QLinearConv": (0, 3),
-    "QLinearMatMul": (0, 3),
-    "QGemm": (0, 3),
-    "MatMulInteger": (0, 1),
-    "MatMulIntegerToFloat": (0, 1),
-}
-# Kernels with such sums inside, which are not followed: op_type -> positions of weights [..., K, channels].
+# Kernels whose sums are followed: input 0 is the activation
+FOLLOWED = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat")
+# Kernels with such sums inside, which are not followed: weights [..., K, channels].
 # DynamicQuantizeMatMul is, in the outermost graph, where it is taken apart before (walk).
-INSIDE = {"DynamicQuantizeLSTM": (1, 2), "QAttention": (1,), "DynamicQuantizeMatMul": (1,)}
+INSIDE = ("DynamicQuantizeLSTM", "QAttention", "DynamicQuantizeMatMul")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +78,9 @@ def can_clip(node: onnx.NodeProto, constants: Mapping[str, Array], dtypes: Mappi
         PacklightError: it can clip in a way that is not followed.
     """
     _refuse_what_is_not_followed(node, constants, dtypes)
-    if node.op_type not in OPERANDS:
+    if node.op_type not in FOLLOWED:
         return None
-    a, b = (node.input[at] for at in OPERANDS[node.op_type])
+    a, b = (node.input[at] for at in _operands(node))
     # inside a branch or body a type may be unknown, and is then taken as one that can clip
     if dtypes.get(a, np.uint8) != np.uint8 or dtypes.get(b, np.int8) != np.int8:
         return None
@@ -122,7 +116,7 @@ def _refuse_what_is_not_followed(
         raise PacklightError(
             where, found="int8 activations, uint8 weights", expected="a kernel that is followed", do=do
         )
-    for at in INSIDE.get(node.op_type, ()):
+    for at in ops.of(node.op_type).weights if node.op_type in INSIDE else ():
         weight = constants.get(node.input[at])
         if dtypes.get(node.input[at]) != np.int8:
             continue
@@ -198,9 +192,14 @@ def _conv(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tupl
     return (y if last else np.ascontiguousarray(np.moveaxis(y, -1, 1))), clips
 
 
+def _operands(node: onnx.NodeProto) -> tuple[int, int]:
+    """The positions of its activation and its weight."""
+    return 0, ops.of(node.op_type).weights[0]
+
+
 def _matmul(layer: Layer, inputs: Sequence[Array | None], saturates: bool) -> tuple[Array, Clips]:
     node = layer.node
-    a, b = (inputs[at] for at in OPERANDS[node.op_type])
+    a, b = (inputs[at] for at in _operands(node))
     assert a is not None
     assert b is not None
     a_zero, b_zero = {

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.batches import Array, Batch
 from exporter.forecast import layer as layers
 from exporter.forecast.layer import Clips, Layer
@@ -29,28 +29,6 @@ from runtime.session import NO_ENTRIES, ORT_ERRORS, open_session
 
 # ONNX Runtime's words for the type of an element -> ONNX's number
 ELEMENTS = {name.lower(): number for name, number in TensorProto.DataType.items()}
-
-
-# Kernels that give float and have the same bits on every x86: one rounding an element by IEEE 754, or none
-SAME = frozenset(
-    {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulIntegerToFloat", "QGemm", "Cast", "Add", "Sub", "Mul", "Div"}
-    | {"Relu", "LeakyRelu", "Clip", "Max", "Min", "Abs", "Neg", "Sqrt", "Where", "Identity", "Constant", "Dropout"}
-    | {
-        "Reshape",
-        "Transpose",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "Slice",
-        "Split",
-        "Gather",
-        "Concat",
-        "Expand",
-        "Tile",
-    }
-    | {"Pad", "MaxPool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth", "ReduceMax", "ReduceMin", "ConstantOfShape"}
-    | {"ReorderInput", "ReorderOutput"}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +206,7 @@ def _rounds_here(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(
         layers.name_of(node)
         for node in model.graph.node
-        if not floats.isdisjoint(node.output) and node.op_type not in SAME
+        if not floats.isdisjoint(node.output) and ops.of(node.op_type).bits == "here"
     )
 
 

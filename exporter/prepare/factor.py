@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.prepare import edit
 
 CONSTANTS = {"Gemm": (1, 2), "MatMul": (1,)}  # inputs of a linear layer that take the factor
@@ -60,7 +60,7 @@ def _layer(value: ir.Value) -> ir.Node | None:
         if graph.op(node) in CONSTANTS and not graph.is_product(node):
             known = all(graph.constant(each) is not None for each in node.inputs[1:] if each is not None)
             return node if known else None
-        if graph.op(node) not in graph.MOVES and (inside or not graph.is_product(node)):
+        if graph.op(node) not in ops.MOVES and (inside or not graph.is_product(node)):
             return None
         inside = inside or graph.is_product(node)
         before = node.inputs[0]
@@ -75,6 +75,6 @@ def _feeds_product(value: ir.Value) -> bool:
     readers = graph.consumers(value)
     return bool(readers) and all(
         graph.is_product(each)
-        or (graph.op(each) in graph.MOVES and not each.outputs[0].is_graph_output() and _feeds_product(each.outputs[0]))
+        or (graph.op(each) in ops.MOVES and not each.outputs[0].is_graph_output() and _feeds_product(each.outputs[0]))
         for each in readers
     )

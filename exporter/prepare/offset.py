@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporter import flat, graph
+from exporter import flat, graph, ops
 from exporter.batches import Array, Batch
 from exporter.prepare import edit
 
@@ -42,7 +42,7 @@ def _inputs(model: ir.Model) -> list[ir.Value]:
         found += [
             node.outputs[0]
             for node in graph.consumers(value)
-            if graph.op(node) in graph.MOVES and node.inputs[0] is value and not node.outputs[0].is_graph_output()
+            if graph.op(node) in ops.MOVES and node.inputs[0] is value and not node.outputs[0].is_graph_output()
         ]
     return found
 

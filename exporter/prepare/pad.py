@@ -15,12 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.rules import common as rules
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.batches import Array
 from exporter.prepare.rules import apply
 
 LOWEST = float(np.finfo(np.float32).min)
-NOT_NEGATIVE = ("Relu", "Sigmoid", "Softmax", "HardSigmoid", "Abs", "Exp", "Sqrt")
 
 
 def rewrite(model: ir.Model) -> int:
@@ -91,7 +90,7 @@ def _takes(reader: ir.Node, pads: Array, value: float, x: ir.Value) -> bool:
         counted = reader.attributes.get_int("count_include_pad", 0) != 0
         return value == 0 and (counted or not _own(reader, pads).any())
     maker = x.producer()
-    low = value <= LOWEST or (value == 0 and maker is not None and graph.op(maker) in NOT_NEGATIVE)
+    low = value <= LOWEST or (value == 0 and maker is not None and ops.of(graph.op(maker)).not_negative)
     return low and len([each for each in reader.outputs if each.name]) == 1
 
 

@@ -13,16 +13,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.prepare import edit
 
 # what stands before or behind a pool that works on codes; a pool among float nodes is left to its float kernel
 AROUND_A_POOL = frozenset({"Conv", "Relu", "Clip", "Concat", "MaxPool"})
-
-BEHIND_A_CONV = frozenset(
-    {"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "Gelu", "Mul", "Add", "MaxPool"}
-    | {"AveragePool", "BatchNormalization", "Concat"}
-)
 
 
 def rewrite(model: ir.Model) -> int:
@@ -52,7 +47,7 @@ def _to_pool(model: ir.Model, node: ir.Node) -> bool:
 def _is_of_a_conv(x: ir.Value | None) -> bool:
     """Whether a Conv made it, with nothing behind but what works element by element or pools."""
     maker = x.producer() if x is not None else None
-    while maker is not None and graph.op(maker) in BEHIND_A_CONV and maker.inputs:
+    while maker is not None and ops.of(graph.op(maker)).channels and maker.inputs:
         x = maker.inputs[0]
         maker = x.producer() if x is not None else None
     return maker is not None and graph.op(maker) == "Conv"

@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.batches import Array, Batch
 from exporter.numerics.quantized import Grid
 from exporter.prepare import edit
@@ -30,22 +30,7 @@ from runtime.errors import BundleError
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "com.microsoft")
 # Nodes whose outputs hold codes of their first input, and its grid
-MOVERS = frozenset(
-    {
-        "Reshape",
-        "Transpose",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "Identity",
-        "Slice",
-        "Gather",
-        "Split",
-        "Expand",
-        "Tile",
-    }
-    | {"MaxPool", "DepthToSpace", "SpaceToDepth", "Clip"}
-)
+MOVERS = ops.CARRIES | {"Clip"}
 ENDS: Mapping[ir.DataType, tuple[int, int]] = {
     ir.DataType.UINT8: (0, 255),
     ir.DataType.INT8: (-128, 127),
@@ -277,7 +262,7 @@ def _beyond(model: ir.Model, pairs: Sequence[_Pair], batch: Batch) -> dict[ir.No
         below, above = np.minimum(x - pair.real(pair.low), 0), np.maximum(x - pair.real(pair.high), 0)
         maker = value.producer() if value is not None else None
         ends = any(node.outputs[0].is_graph_output() for node in pair.dequantize)  # nothing is spared there
-        if maker is None or maker.op_type not in graph.SQUASHING:
+        if maker is None or maker.op_type not in ops.SQUASHING:
             found[pair.quantize] = ends or bool((below**2).sum() > noise), ends or bool((above**2).sum() > noise)
     return found
 

@@ -11,10 +11,10 @@ from collections import defaultdict
 
 import onnx_ir as ir
 
-from exporter import graph
+from exporter import graph, ops
 from exporter.prepare import edit
 
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+LAYERS = tuple(name for name in ops.LAYERS if name not in ops.RECURRENT)
 
 
 def rewrite(model: ir.Model) -> int:
