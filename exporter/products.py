@@ -21,9 +21,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter import graph, ops
+from exporter.graph import DEQUANTIZE, QUANTIZE
 from exporter.place import FLOAT_OUTPUT
 from exporter.prepare import edit
-from exporter.quantize import DEQUANTIZE, QUANTIZE
 from exporter.target import Target
 from runtime.session import without
 

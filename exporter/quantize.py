@@ -31,13 +31,13 @@ from exporter import weights as large
 from exporter.batches import Array, Batch
 from exporter.calibrate import Range, Ranges
 from exporter.errors import CalibrationError, QuantizeError
+from exporter.graph import DEQUANTIZE, QUANTIZE
 from exporter.numerics.formats import W8A8
 from exporter.numerics.quantized import Grid, QuantizedTensor, decode, per_channel
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, SHAPE_READERS, Plan
 from exporter.prepare import edit
 from exporter.quiet import quiet
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 OWN = (QUANTIZE, DEQUANTIZE)
 ONNXRUNTIME_METHODS = MappingProxyType(
     {
@@ -180,13 +180,8 @@ def weights(quantized: ir.Model) -> dict[str, QuantizedTensor]:
             continue
         axis = node.attributes.get_int("axis", 1) if scale.ndim else 0
         channels = np.broadcast_to(scale, codes.shape[axis] if scale.ndim else codes.shape[0])
-        found[_tensor(node)] = per_channel(codes, channels, axis)
+        found[edit.quantized_name(node)] = per_channel(codes, channels, axis)
     return dynamic.weights(quantized) | found
-
-
-def _tensor(dequantize: ir.Node) -> str:
-    """The name, in the prepared graph, of the initializer behind a DequantizeLinear; ORT adds a suffix to it."""
-    return (dequantize.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
 
 
 def _read_by(model: ir.Model, names: Sequence[str]) -> set[str | None]:
@@ -395,7 +390,7 @@ def _check_numbers(quantized: ir.Model, model: ir.Model) -> None:
         if node.op_type != DEQUANTIZE:
             continue
         codes, scale = graph.constant(node.inputs[0]), graph.constant(node.inputs[1])
-        name = _tensor(node)
+        name = edit.quantized_name(node)
         sound = scale is not None and np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)
         if scale is None or not np.all(sound):
             found = "no scale" if scale is None else f"scale {scale[~np.asarray(sound)].reshape(-1)[0]:.3g}"

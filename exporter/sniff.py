@@ -22,7 +22,7 @@ TF2ONNX = "export the model that it was made from to ONNX, as with tf2onnx"
 _BEGINNINGS = (
     (b"version https://git-lfs", "a Git LFS pointer and not the file: git lfs pull brings it"),
     (b"PK\x03\x04", "a zip archive, as torch.save writes, and no model that is read without running it"),
-    (b"\x80\x02", "a pickle, which runs code when it is read"),
+    (b"\x80\x02", PICKLE),
     (b"\x89HDF\r\n", "an HDF5 file, as Keras saves: export it with tf2onnx"),
     (b"GGUF", "a GGUF file, which is quantized already"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),

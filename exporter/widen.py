@@ -12,8 +12,9 @@ import onnx_ir as ir
 from exporter import graph
 from exporter.batches import Array
 from exporter.errors import QuantizeError
+from exporter.graph import DEQUANTIZE, QUANTIZE
+from exporter.prepare import edit
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 INT32_LIMIT = 2**31 - 1
 LEAST_SCALE = 2.0**-120  # of a bias: below 2^-126 float32 begins to lose numbers
 BIAS_BITS = 22  # of the bias of a channel whose codes are all 0: it has its scale to itself
@@ -47,7 +48,7 @@ def biases(quantized: ir.Model, model: ir.Model) -> None:
         live = codes.any(axis=tuple(each for each in range(codes.ndim) if each != axis))
         before = scale.astype(np.float64)
         after = np.where(live, before, 0)
-        biases = [(node, bias, real.get(_name(bias)), _input_scale(node)) for node, _, bias in readers]
+        biases = [(node, bias, real.get(edit.quantized_name(bias)), _input_scale(node)) for node, _, bias in readers]
         for _, _, exact, x_scale in biases:
             shift = np.zeros(len(scale)) if exact is None else np.abs(exact.reshape(-1).astype(np.float64))
             least = np.maximum(LEAST_SCALE, 1.0001 * shift / INT32_LIMIT) / x_scale
@@ -76,11 +77,6 @@ def _constant_codes(value: ir.Value | None) -> ir.Node | None:
     maker = value.producer() if value is not None else None
     of_codes = maker is not None and maker.op_type == DEQUANTIZE and graph.constant(maker.inputs[0]) is not None
     return maker if of_codes else None
-
-
-def _name(dequantize: ir.Node) -> str:
-    """Of the initializer in the prepared graph behind these codes; ORT adds a suffix to it."""
-    return (dequantize.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
 
 
 def _scale_of(dequantize: ir.Node | None) -> float:

@@ -33,6 +33,7 @@ from exporter.calibrate.observe import observe
 from exporter.calibrate.ranges import Range, Ranges
 from exporter.calibrate.statistics import Statistics
 from exporter.errors import CalibrationError
+from exporter.prepare import edit
 from runtime import session
 
 EVALUATIONS = 48  # runs of the int8 model over the batches, at most
@@ -297,7 +298,7 @@ def with_real_weights(model: ir.Model, int8: ir.Model) -> ir.Model:
     clone = int8.clone()
     for node in list(clone.graph):
         codes = graph.constant(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
-        name = (node.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
+        name = edit.quantized_name(node)
         real = graph.constant(model.graph.initializers.get(name))
         if codes is None or real is None or real.shape != codes.shape:
             continue

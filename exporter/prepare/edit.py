@@ -27,6 +27,11 @@ def stems(name: str | None) -> Iterator[str]:
         yield from stems(name.removesuffix(suffix))
 
 
+def quantized_name(dequantize: ir.Node) -> str:
+    """The name, before the quantizer, of the constant behind one of its DequantizeLinear."""
+    return (dequantize.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
+
+
 def free_name(model: ir.Model, name: str) -> str:
     """`name`, or `name_1`, `name_2`... where the graph, or one inside it, has such a tensor, or one called as its scale."""
     # others neither are the name, with or without a number, nor have it as a stem

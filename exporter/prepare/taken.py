@@ -22,12 +22,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from exporter import graph, ops
 from exporter.batches import Array, Batch
+from exporter.graph import DEQUANTIZE, QUANTIZE
 from exporter.numerics.quantized import Grid
 from exporter.prepare import edit
 from runtime import session
 from runtime.errors import BundleError
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "com.microsoft")
 # Nodes whose outputs hold codes of their first input, and its grid
 MOVERS = ops.CARRIES | {"Clip"}

@@ -24,9 +24,8 @@ from exporter import graph, place, products, weights
 from exporter.batches import Batch
 from exporter.dynamic import PRODUCT
 from exporter.errors import RecipeError
-from exporter.graph import Shape
+from exporter.graph import DEQUANTIZE, QUANTIZE, Shape
 from exporter.place import Plan
-from exporter.quantize import DEQUANTIZE, QUANTIZE
 from exporter.target import Cost, Target
 from runtime import cpu
 from runtime.explain import ADDED

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from exporter.graph import DEQUANTIZE, QUANTIZE
 from exporter.place import FLOAT_OUTPUT, SHAPE_READERS, Plan
-from exporter.quantize import DEQUANTIZE, QUANTIZE
+from exporter.prepare import edit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ def pairs(quantized: ir.Model) -> dict[str, Pair]:
             continue
         maker = source.producer()
         if source.const_value is not None:
-            name = (node.outputs[0].name or "").removesuffix("_DequantizeLinear_Output")
+            name = edit.quantized_name(node)
         elif maker is not None and maker.op_type == QUANTIZE and maker.inputs[0] is not None:
             real, rounded = maker.inputs[0], node.outputs[0]
             name = (rounded if rounded.is_graph_output() else real).name or ""

@@ -13,7 +13,7 @@ from exporter.errors import QuantizeError
 from exporter.numerics.formats import W8A8
 from exporter.numerics.quantized import decode, per_channel
 from exporter.place import FLOAT_OUTPUT, REMOVABLE, Decision, Plan
-from exporter.prepare import constants, unshare
+from exporter.prepare import constants, edit, unshare
 from exporter.recipe import Rule
 from exporter.target import X86_VNNI, Target
 from runtime import drift
@@ -62,7 +62,7 @@ def codes(int8: ir.Model, dtype: type) -> dict[str, tuple[np.ndarray, np.ndarray
     for node in int8.graph:
         array = graph.constant(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
         if array is not None and array.dtype == dtype:
-            found[quantize._tensor(node)] = (array, graph.constant(node.inputs[1]))
+            found[edit.quantized_name(node)] = (array, graph.constant(node.inputs[1]))
     return found
 
 
