@@ -144,14 +144,14 @@ def test_wrong_usage_is_2(args: list[str]) -> None:
     assert call("export", *args) == 2
 
 
-def test_ctrl_c_is_one_line_2_and_no_folder(
+def test_ctrl_c_is_one_line_130_and_no_folder(
     onnx_file: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "d.py").write_text(
         "import numpy as np\ndef rows():\n    yield np.zeros((4, 8), np.float32)\n    raise KeyboardInterrupt\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert call("export", onnx_file, "--calibration", "d.py:rows", "--out", "b") == 2
+    assert call("export", onnx_file, "--calibration", "d.py:rows", "--out", "b") == 130
     said, err = capsys.readouterr()
     assert said == "" and err.startswith("error: interrupted") and len(err.splitlines()) == 1
     assert not (tmp_path / "b").exists()
