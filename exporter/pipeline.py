@@ -22,7 +22,7 @@ from exporter import (
     correct,
     data,
     graph,
-    grouped,
+    kinds,
     lint,
     meant,
     optional,
@@ -146,7 +146,7 @@ def _export(
 
     tell.stage("decide what runs in integers")
     shapes = graph.shapes(prepared.model, split.first)
-    timed_here = optional.attempt(partial(grouped.on, cpu, prepared.model, shapes, caps.costs), cpu)
+    timed_here = optional.attempt(partial(kinds.on, cpu, prepared.model, shapes, caps.costs), cpu)
     cpu = timed_here.value
     plan = place.decide(prepared.model, cpu, recipe.rules, shapes)
 
@@ -235,7 +235,7 @@ def _export(
     judged = optional.attempt(partial(collect.judge, prepared.model, found, watch), None)
     enough = judged.value or collect.unjudged(judged.why)
     untried = {
-        "timing of grouped Conv": timed_here.why,
+        "timing of kinds of node": timed_here.why,
         "choice of ranges": found.untried,
         "LSTM in integers": laid.why,
         "timing": better.untimed,

@@ -44,7 +44,12 @@ def ready(int8: ir.Model, target: Target) -> tuple[ir.Model, Target]:
     for chain in filter(None, map(_chain, list(_products(changed)))):
         _sign(changed, chain)
     RemoveUnusedNodesPass()(changed)
-    return changed, replace(target, session=without({**target.session, **KEPT_SIGNED}, MOVES_CODES))
+    return changed, replace(target, session=entries(target))
+
+
+def entries(target: Target) -> dict[str, str]:
+    """The target's session entries, and those with which signed codes stay signed where they are."""
+    return without({**target.session, **KEPT_SIGNED}, MOVES_CODES)
 
 
 def _products(model: ir.Model) -> Iterator[ir.Node]:

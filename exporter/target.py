@@ -61,7 +61,7 @@ class Target:
     activations_matmul: whether a MatMul of two activations pays in int8: its B cannot be packed ahead of time.
     session: session config entries.
     costs_from: where the costs were measured; a target whose hardware was not there says whose they are.
-    slower: {Conv of one model that would be float by `copied_channels`: whether int8 is slower, as timed} (exporter/grouped.py).
+    slower: {node of one model: whether int8 is slower, as timed}: products, Conv of `copied_channels` (exporter/kinds.py).
     """
 
     name: str
