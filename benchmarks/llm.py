@@ -159,7 +159,7 @@ def peak_mib(name: str, place: Path) -> float:
 def engines(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Path, Callable[[Path], Engine]]]:
     """(name, file or folder, what opens it): FP32 first."""
     for scheme in args.schemes.split(","):
-        for minutes in (0.0, args.distill) if args.distill and scheme == "auto" else (0.0,):
+        for minutes in (0.0, args.distill) if args.distill and scheme in ("mixed", "auto") else (0.0,):
             name = f"{scheme}-trained" if minutes else scheme
             out = args.work / name
             if not (out / "manifest.json").exists():
@@ -181,7 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--schemes", default="fp32,w8,w4,mixed,auto")
-    parser.add_argument("--distill", type=float, default=0.0, help="also auto with so many minutes of training")
+    parser.add_argument(
+        "--distill", type=float, default=0.0, help="also mixed and auto with so many minutes of training"
+    )
     parser.add_argument("--gguf", type=Path, nargs="*", default=[])
     parser.add_argument("--text", type=Path, help="lines of text, fitted to and held out")
     parser.add_argument("--windows", type=int, default=16)
