@@ -139,7 +139,7 @@ def size_bytes(size: str | None, flag: str) -> int | None:
     if size is None:
         return None
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", size.strip())
     if found is None or found[2].upper() not in units or int(float(found[1]) * units[found[2].upper()]) < 1:
-        raise RecipeError(flag, found=repr(size), expected="a number above 0 with B, KB, MB, GB, KiB, MiB or GiB")
+        raise RecipeError(flag, found=repr(size[:40]), expected="a number above 0 with B, KB, MB, GB, KiB, MiB or GiB")
     return int(float(found[1]) * units[found[2].upper()])

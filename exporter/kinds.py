@@ -87,7 +87,7 @@ def _is_product(node: ir.Node, target: Target) -> bool:
 
 def _in(costs: Path) -> frozenset[str]:
     """The nodes of a cost table; none of a file that is none, which `search` refuses."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return frozenset(json.loads(costs.read_text(encoding="utf-8"))["nodes"])
     return frozenset()
 

@@ -24,6 +24,7 @@ from exporter.errors import RecipeError
 from exporter.numerics.formats import SCHEMES, Scheme, Word
 
 FORMAT = 1
+MOST_CHARACTERS = 1 << 20
 OURS = ("toml", "folder")  # of a Recipe, and no key of its file
 
 
@@ -129,6 +130,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return parse(text, f"{name_or_path}.toml")
     path = Path(name_or_path)
     try:
+        if path.exists() and not path.is_file():  # a pipe, which would be waited for
+            raise ValueError("something that is not a file")
         return parse(path.read_text(encoding="utf-8"), path.name, path.parent)
     except (OSError, ValueError) as error:  # bytes that are not UTF-8, a path with a NUL
         if path.name and path.is_file():
@@ -145,9 +148,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def parse(text: str, where: str, folder: Path = Path()) -> Recipe:
     """TOML text -> Recipe; `where` names it in errors, its relative paths begin at `folder`."""
     try:
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"more than {MOST_CHARACTERS} characters")
         given = tomlkit.parse(text).unwrap()
-    except TOMLKitError as error:
-        raise RecipeError("not TOML", found=str(error), where=where) from error
+        text.encode("utf-8")
+    except (TOMLKitError, ValueError, ArithmeticError, RecursionError, TypeError, AttributeError) as error:
+        raise RecipeError("not TOML", found=str(error)[:200] or type(error).__name__, where=where) from error
     for name in OURS:
         if name in given:
             raise RecipeError(f"unknown key {name!r}", where=where)

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -164,11 +165,17 @@ def from_onnx(path: str | Path) -> Source:
             expected=f"opset {OLDEST_OPSET} or newer",
             do="export the model again, or convert it with onnx.version_converter and check the result",
         )
-    _require_ranks(model, path)
-    _require_numbers(model, path)
-    _forget_ends(model)
-    beside = external.load(model, path)
-    external.make_dense(model)
+    try:
+        _require_ranks(model, path)
+        _require_numbers(model, path)
+        _forget_ends(model)
+        beside = external.load(model, path)
+        external.make_dense(model)
+    except PacklightError:
+        raise
+    except Exception as error:  # sizes, types and indices that lie
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise TraceError(str(path), found=said, expected="a file saved by onnx.save") from error
     folder = path.resolve().parent if beside else None
     return Source(name=path.stem, model=model, inputs={}, outputs=(), dynamic={}, folder=folder)
 
@@ -405,7 +412,12 @@ def _path(given: object, what: str) -> Path:
         raise TraceError(
             what, found=type(given).__name__ if not isinstance(given, str) else repr(given), expected="a path"
         )
-    return Path(given)
+    path = Path(given)
+    if (
+        os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    ):  # a pipe, which would be waited for
+        raise TraceError(str(path), found="something that is not a file", expected="a file")
+    return path
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,6 +43,17 @@ class PacklightError(Exception):
         line = f"{what}: {sides}" if sides else what
         super().__init__(printable(f"{line}; {do}" if do else line))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For pickle, which would call the class with the whole line; a process that fails tells another one its error."""
+        return _restored, (type(self), str(self), self.__dict__)
+
+
+def _restored(kind: type[PacklightError], line: str, fields: dict[str, object]) -> PacklightError:
+    error = kind.__new__(kind)
+    error.args = (line,)
+    error.__dict__.update(fields)
+    return error
+
 
 class BundleError(PacklightError):
     """A bundle is missing, damaged, not to be trusted, or newer than this runtime."""

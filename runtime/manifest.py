@@ -7,6 +7,7 @@ docs/format.md is the normative text.
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import math
 import os
@@ -28,6 +29,14 @@ from runtime.preprocess import read as _preprocessing
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+def _read_only(items: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(items)
+
+
+# Values of ours hold read-only mappings, which pickle does not know by itself
+copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # 1 says nothing of the export's verdict

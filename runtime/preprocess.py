@@ -10,6 +10,7 @@ Needs Pillow (the extra `images`); importing this module does not.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ DTYPES = ("float32", "uint8")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 LARGEST = 1 << 16  # pixels of a side; a typing error, not a picture
 LARGEST_NUMBER = 1e30
+PIXELS = (
+    1 << 26
+)  # of a picture: more than any camera has, and 200 MB; a PNG of some kB can claim a thousand times as many
 
 # Of the kinds that Pillow reads these are photographs and drawings; to read some others it starts other programs
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
@@ -86,8 +90,11 @@ def image(picture: Any, preprocessing: Preprocessing) -> Array:
     wanted = preprocessing
     upright = decode(picture).convert("L" if wanted.channels == "L" else "RGB")
     if wanted.resize is not None:
-        filters = _pillow()[0].Resampling
-        upright = upright.resize(_size(upright.size, wanted.resize), filters[wanted.interpolation.upper()])
+        filters, sides = _pillow()[0].Resampling, _size(upright.size, wanted.resize)
+        if math.prod(sides) > PIXELS:
+            found = f"{sides[0]} x {sides[1]} pixels after resizing"
+            raise InputError(_name(picture), found=found, expected=f"at most {PIXELS}", do="resize to fewer")
+        upright = upright.resize(sides, filters[wanted.interpolation.upper()])
     if wanted.crop is not None:
         upright = upright.crop(_centre(upright.size, wanted.crop, _name(picture)))
     pixels = np.asarray(upright, np.uint8).reshape(upright.height, upright.width, -1)
@@ -118,6 +125,8 @@ def decode(picture: Any) -> Image:
         else:
             pillow.init()
             with pillow.open(picture, formats=[kind for kind in FORMATS if kind in pillow.OPEN]) as opened:
+                if math.prod(opened.size) > PIXELS:
+                    raise ValueError(f"{opened.width} x {opened.height} pixels, where at most {PIXELS} may be")
                 opened.load()
     except Exception as error:  # a decoder that meets a damaged file raises whatever it likes
         raise InputError(name, found=_said(error), expected="a picture that Pillow can decode") from error

@@ -107,7 +107,7 @@ def read_arrays(path: Path, content: bytes | None = None, *, stored: bool = Fals
 def _split(key: str, path: Path) -> tuple[int, str, str]:
     number, _, rest = key.partition("/")
     role, _, name = rest.partition("/")
-    if not (number.isascii() and number.isdigit() and len(number) >= 4 and role in ROLES and name):
+    if not (number.isascii() and number.isdigit() and 4 <= len(number) <= 9 and role in ROLES and name):
         expected = f"NNNN/ROLE/NAME with a role of {', '.join(ROLES)}"
         raise BundleError(f"{path}:{key}", path=str(path), found="an unknown key", expected=expected)
     return int(number), role, name

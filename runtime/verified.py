@@ -151,8 +151,8 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
 
 def read_manifest(folder: Path) -> Manifest:
     file = folder / manifests.MANIFEST
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "no folder"
+    if not os.path.isdir(folder):  # which a name that is too long, or has a NUL, is not either
+        found = "a file" if os.path.exists(folder) else "no folder"
         refuse(folder, found=found, expected="a bundle", do="give the folder that packlight export wrote")
     try:
         text = trusted.read(file, manifests.MANIFEST_BYTES).decode("utf-8")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-import numpy as np
 
 from exporter.data import files
 from exporter.data.files import File
 from exporter.errors import CalibrationError
+from runtime import npz
 
 SUFFIXES = (".npz", ".npy")
 
@@ -32,16 +29,11 @@ def batches(found: Iterable[File]) -> Iterator[Any]:
 
 
 def _read(file: File) -> Any:
-    with files.opened(file) if file.system is None else files.contents(file) as stream:
-        try:
-            if file.suffix != ".npz":
-                return np.lib.format.read_array(stream, allow_pickle=False)
-            with zipfile.ZipFile(stream):  # numpy would take an .npy file for one
-                stream.seek(0)
-                with np.load(stream, allow_pickle=False) as arrays:
-                    return {key: arrays[key] for key in arrays.files}
-        except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            said = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
-            raise CalibrationError(
-                file.name, found=said, expected="an .npz or .npy file without pickled objects"
-            ) from error
+    with files.contents(file) as stream:
+        content = stream.read()
+    try:
+        return npz.arrays(content) if file.suffix == ".npz" else npz.array(content)
+    except (ValueError, MemoryError) as error:
+        said = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        expected = "an .npz or .npy file without pickled objects"
+        raise CalibrationError(file.name, found=said, expected=expected) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO, cast
 
 from exporter.errors import CalibrationError
 from runtime.errors import install
+
+MOST_BYTES = 1 << 40  # of a file that is read piece by piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ def at(given: str | Path) -> File:
 
 def is_folder(file: File) -> bool:
     if file.system is None:
-        return Path(file.path).is_dir()
+        return os.path.isdir(file.path)
     try:
         return bool(file.system.isdir(file.path))
     except Exception as error:  # each file system has errors of its own
@@ -118,6 +121,7 @@ def opened(file: File) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         try:
             if file.system is None:
+                _require_regular(file.path)
                 stream: Any = open(file.path, "rb")  # noqa: SIM115
             else:
                 stream = file.system.open(file.path, "rb")
@@ -149,10 +153,21 @@ def _jumps(stream: Any) -> bool:
 def contents(file: File) -> BinaryIO:
     """The whole file, in memory."""
     try:
+        if file.system is None:
+            _require_regular(file.path)
         whole = Path(file.path).read_bytes() if file.system is None else file.system.cat_file(file.path)
         return io.BytesIO(whole)
     except Exception as error:  # each file system has errors of its own
         raise _unreadable(file.name, error) from error
+
+
+def _require_regular(path: str) -> None:
+    """Refuse a pipe or a device, which would be waited for, and may never end; and more than a batch may have."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("something that is not a file")
+    if about.st_size > MOST_BYTES:
+        raise ValueError(f"{about.st_size} bytes, where at most {MOST_BYTES} may be")
 
 
 def _unreadable(name: str, error: Exception) -> CalibrationError:

@@ -6,6 +6,7 @@ The work itself is runtime.preprocess: what calibration sees is what a device wi
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from runtime.errors import InputError
 from runtime.manifest import Tensor
 from runtime.preprocess import CHANNELS, LARGEST, Preprocessing, decode, image
 
+NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?(/\d{1,20})?")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -49,6 +51,8 @@ def _crop(value: Any) -> Any:
 def _fraction(value: Any) -> Any:
     """A number, or a fraction such as "1/255"."""
     if isinstance(value, str):
+        if not NUMBER.fullmatch(value.strip()):  # of "1e999999999" a fraction would be made for ever
+            refuse('a number, or a fraction such as "1/255"')
         try:
             return float(Fraction(value))
         except (ValueError, ZeroDivisionError, OverflowError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,12 +173,12 @@ def _found(given: str | Path, role: str, asked: Asked) -> Found:
     """What lies there. A suffix says what a file is, the tables of the recipe what a folder is for."""
     file = files.at(given)
     kind = next((kind for kind, suffixes in SUFFIXES.items() if file.suffix in suffixes), None)
-    if kind is not None and (file.system is not None or Path(file.path).is_file()):
+    if kind is not None and (file.system is not None or os.path.isfile(file.path)):
         found = Found(kind=kind, files=(file,))
     elif files.is_folder(file):
         found = _in_folder(file, asked)
     else:
-        there = file.system is not None or Path(file.path).exists()
+        there = file.system is not None or os.path.exists(file.path)
         raise CalibrationError(
             file.name, found=f"a file {file.suffix or 'without a suffix'}" if there else "nothing there",
             expected=f"{', '.join(KINDS.values())}, or a folder of one of these kinds",

@@ -151,7 +151,9 @@ def _blocks(file: File, wanted: Mapping[str, str], rows: int) -> Iterator[Any]:
                 arrow = ipc.open_stream(pyarrow.memory_map(file.path) if file.system is None else stream)
                 _require_columns(wanted, arrow.schema.names, file.name)
                 yield from (block.select(columns) for block in arrow)
-        except (pyarrow.ArrowException, OSError) as error:
+        except CalibrationError:
+            raise
+        except Exception as error:  # pyarrow's, and what a damaged file makes of it
             raise CalibrationError(
                 file.name, found=(str(error).splitlines() or [""])[0][:160], expected="a Parquet or Arrow file"
             ) from error

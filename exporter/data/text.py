@@ -20,6 +20,8 @@ from exporter.errors import CalibrationError, RecipeError
 from runtime.manifest import Tensor
 
 SUFFIXES = (".txt",)
+LONGEST = 1 << 20  # tokens of a line
+TOKENIZER_BYTES = 64 << 20
 USUAL = {"ids": "input_ids", "attention_mask": "attention_mask", "token_type_ids": "token_type_ids"}
 PADS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>")  # where tokenizer.json says nothing of padding
 
@@ -37,7 +39,7 @@ class Text(Table):
     """
 
     tokenizer: str = Field(min_length=1)
-    max_length: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=1, le=LONGEST)
     padding: Literal["longest", "max_length", "none"] | None = None
     pad: str | None = Field(default=None, min_length=1)
     ids: str | None = Field(default=None, min_length=1)
@@ -124,7 +126,9 @@ def encoder(asked: Text, folder: Path, tensors: Sequence[Tensor], rows: int | No
     def encode(lines: Sequence[str]) -> dict[str, Any]:
         try:
             encoded = tokenizer.encode_batch([str(line) for line in lines])
-        except Exception as error:  # the library raises Exception itself
+        except BaseException as error:  # the library raises Exception itself, and its panics are none
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise CalibrationError(f"{path}: cannot encode {lines[0][:40]!r}", found=_said(error)) from error
         lengths = sorted({len(line.ids) for line in encoded})
         if len(lengths) > 1:
@@ -147,10 +151,16 @@ def _tokenizer(asked: Text, folder: Path) -> tuple[Any, str]:
 
     remote = files.is_remote(asked.tokenizer)
     file = files.at(asked.tokenizer if remote else folder / asked.tokenizer)
-    content = files.contents(file).read()
+    content = files.contents(file).read(TOKENIZER_BYTES + 1)
+    if len(content) > TOKENIZER_BYTES:
+        raise RecipeError(
+            "tokenizer", found="a larger file", expected=f"at most {TOKENIZER_BYTES} bytes", where="[text]"
+        )
     try:
         return Tokenizer.from_str(content.decode("utf-8")), files.shown(asked.tokenizer)
-    except Exception as error:  # the library raises Exception itself
+    except BaseException as error:  # the library raises Exception itself, and its panics are none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise RecipeError(
             f"tokenizer {files.shown(asked.tokenizer)!r}", found=_said(error),
             expected="a tokenizer.json of the tokenizers library", where="[text]",
@@ -186,5 +196,5 @@ def _pad(tokenizer: Any, asked: Text, padding: str, most: int | None, alone: boo
     )
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__

@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -256,7 +256,8 @@ def read(text: str, model: ir.Model, plan: Plan, target: Target, where: str) -> 
             raise ValueError("another format")
         nodes = {name: NodeCost(**each) for name, each in given.pop("nodes").items()}
         found = Costs(nodes=nodes, faster=tuple(given.pop("faster")), **given)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _require_times(found)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RecipeError(where, found=f"{type(error).__name__}: {error}"[:200], expected="a cost table") from error
     if found.graph != fingerprint(model):
         raise RecipeError(
@@ -269,6 +270,17 @@ def read(text: str, model: ir.Model, plan: Plan, target: Target, where: str) -> 
             do="measure again: leave --costs out",
         )  # fmt: skip
     return found
+
+
+def _require_times(found: Costs) -> None:
+    """Refuse a time that is none, and a name that is no text, wherever it stands."""
+    per_node = [getattr(node, field.name) for node in found.nodes.values() for field in fields(node)]
+    times = [*per_node, *found.timed.values(), found.quantize_ns, found.dequantize_ns, found.crossing_ns]
+    for time in [*times, 0.0 if found.fp32 is None else found.fp32]:
+        if isinstance(time, bool) or not isinstance(time, int | float) or not -1e15 < time < 1e15:
+            raise ValueError(f"{str(time)[:40]}, where a time is expected")
+    if not all(isinstance(text, str) for text in (found.graph, found.target, found.where, *found.faster)):
+        raise ValueError("something else than a text")
 
 
 def predict(model: ir.Model, plan: Plan, costs: Costs, shapes: Mapping[str, Shape]) -> float:
