@@ -34,6 +34,7 @@ from exporter.calibrate.ranges import Range, Ranges
 from exporter.calibrate.statistics import Statistics
 from exporter.errors import CalibrationError
 from exporter.prepare import edit
+from exporter.varies import Moving
 from runtime import session
 
 EVALUATIONS = 48  # runs of the int8 model over the batches, at most
@@ -110,7 +111,8 @@ def crossed(
 ) -> tuple[Fold, ...]:
     """Ranges from every other batch, judged on those between, and the other way round.
 
-    A single batch is judged by its own ranges, and so are all where one half leaves a tensor without a value.
+    A single batch is judged by its own ranges, and so are all where one half leaves a tensor without a value, or has not the
+    parts that vary in the other: nothing varies in one batch of a row.
 
     Args:
         model: the prepared graph.
@@ -133,8 +135,12 @@ def crossed(
         given = list(map(ranges, halves))
     except CalibrationError:
         halves, given = [batches], [ranges(batches)]
-    judged = reversed(halves)
-    return tuple(Fold(given=g, measure=evaluator(model, int8, on)) for g, on in zip(given, judged, strict=True))
+    seen = [_seen(model, half) for half in halves]
+    if len({tuple(part.output for part in each.parts) for each in seen}) > 1:
+        given, seen = [ranges(batches)], [_seen(model, batches)]
+    return tuple(
+        Fold(given=g, measure=_evaluator(model, int8, on)) for g, on in zip(given, reversed(seen), strict=True)
+    )
 
 
 def choose(
@@ -269,10 +275,29 @@ def _worst_db(signal: Array, noise: Array) -> Array:
     return np.asarray(10 * np.log10(np.clip(np.nan_to_num(ratio, nan=0.0), smallest, 1 / smallest)).min(axis=-1))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """Batches, what FP32 makes of them, and what of that is judged."""
+
+    batches: Sequence[Batch]
+    expected: Sequence[Mapping[str, Array]]
+    parts: Sequence[Moving]
+
+
+def _seen(model: ir.Model, batches: Sequence[Batch]) -> Seen:
+    real = graph.unsquashed(model)
+    expected = list(map(graph.runner(real), batches))
+    parts = varies.moving(varies.grounds(real, expected, batches), expected)
+    return Seen(batches=batches, expected=expected, parts=parts)
+
+
 def evaluator(model: ir.Model, int8: ir.Model, batches: Sequence[Batch]) -> Callable[[Ranges], Errors]:
     """A function ranges -> errors of the int8 model with these ranges against FP32 (`graph.unsquashed`)."""
-    expected = list(map(graph.runner(graph.unsquashed(model)), batches))
-    parts = varies.moving(varies.grounds(graph.unsquashed(model), expected, batches), expected)
+    return _evaluator(model, int8, _seen(model, batches))
+
+
+def _evaluator(model: ir.Model, int8: ir.Model, seen: Seen) -> Callable[[Ranges], Errors]:
+    batches, expected, parts = seen.batches, seen.expected, seen.parts
     names = [part.output for part in parts]
     signal = np.array([[_square(part.varying(made)) for part in parts] for made in expected])
     patch = patcher(model, graph.unsquashed(with_real_weights(model, int8)))

@@ -183,3 +183,12 @@ def test_method_that_clips_nothing_is_taken_where_no_other_is_better_by_half_a_d
 
     found = auto._Search(given, ["x"], [auto.Fold(given=given, measure=measure)])
     assert found.best == best
+
+
+def test_halves_in_which_other_parts_vary_are_judged_together() -> None:
+    model, plan, given = prepared()
+    few = BATCHES[:3]
+    alike = [few[0], few[1], few[0]]  # nothing varies in the first and third
+    uneven = auto.crossed(model, int8(), plan.tensors, [{k: v[:1] for k, v in batch.items()} for batch in few])
+    for folds in (auto.crossed(model, int8(), plan.tensors, alike), uneven):
+        assert auto.choose(int8(), given, folds).evaluations > 0
