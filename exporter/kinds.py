@@ -38,6 +38,7 @@ from runtime.kernels import trace
 RUNS = 7
 MOST_KINDS, MOST_ELEMENTS = 64, 1 << 22  # of an input: what is left is decided by the target's table
 # int8 over float, Q and DQ aside: below it neighbours in int8 and a smaller file decide, and of products the search
+LEAST_MS = 0.02  # of the slower side: what takes less is noise, and is decided by the target's table
 SLOWER = {"Conv": 1.1, "MatMul": 1.5}
 OPSET, IR_VERSION = 17, 8
 
@@ -75,8 +76,9 @@ def on(target: Target, model: ir.Model, shapes: Mapping[str, Shape], costs: Path
         return replace(target, slower={node.name or "": node.name not in known for node in asked})
     kinds = {node.name or "": kind for node in asked if (kind := _kind(node, shapes)) is not None}
     times = _timed([*dict.fromkeys(kinds.values())][:MOST_KINDS], target)
+    told = {kind: taken for kind, taken in times.items() if max(taken) >= LEAST_MS}
     slower = {
-        name: times[kind][1] > SLOWER[kind.op_type] * times[kind][0] for name, kind in kinds.items() if kind in times
+        name: told[kind][1] > SLOWER[kind.op_type] * told[kind][0] for name, kind in kinds.items() if kind in told
     }
     return replace(target, slower=slower)
 

@@ -68,6 +68,11 @@ def test_what_was_timed_is_remembered_for_the_next_export(home: Path, monkeypatc
     assert kinds.on(X86_VNNI, MODEL, SHAPES).slower == {"a": False, "b": True, "d": False}
 
 
+def test_what_takes_microseconds_is_decided_by_the_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taking(monkeypatch, {2: (0.001, 0.019), 4: (0.001, 0.021)})
+    assert kinds.on(X86_VNNI, MODEL, SHAPES).slower == {"b": True}
+
+
 def test_another_machines_target_keeps_its_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = taking(monkeypatch, {})
     assert kinds.on(PORTABLE, MODEL, SHAPES) is PORTABLE and asked == [] and not home.exists()

@@ -78,6 +78,7 @@ def test_folder_has_the_permissions_that_its_user_gives(tmp_path: Path) -> None:
 
 STOPPED = """
 import os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored, and so have its children
 import packlight
 timer = threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT))
 timer.daemon = True
