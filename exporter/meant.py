@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from exporter import batches
 from exporter.batches import Array
+from exporter.budget import Evaluate
 from exporter.errors import CalibrationError, RecipeError, TraceError
+from exporter.progress import Progress
 from exporter.recipe import Recipe, load_recipe
 from exporter.source import Source, from_module, from_onnx, from_program
 from runtime.errors import PacklightError
@@ -82,42 +84,59 @@ def recipe(given: Any) -> Recipe:
     return given
 
 
-def require_settings(
-    heldout: Any,
-    calibration: Any,
-    progress: Any,
-    workers: Any,
-    evaluate: Any,
-    costs: Any,
-    max_evaluations: Any,
-    max_minutes: Any,
-) -> None:
-    """Refuse settings of another type, before any long work.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The knobs of `export`, as they were given; each is said there."""
+
+    ort: bool = False
+    skip_bad: bool = False
+    progress: Progress | None = None
+    workers: str | None = None
+    evaluate: Evaluate | None = None
+    costs: str | Path | None = None
+    max_evaluations: int | None = None
+    max_minutes: float | None = None
+
+
+def require_apart(heldout: Any, calibration: Any) -> None:
+    """Refuse one iterator for both.
 
     Raises:
-        PacklightError, CalibrationError, RecipeError: name the argument.
+        CalibrationError: the first to be read would leave nothing to the other.
     """
     if heldout is not None and heldout is calibration and isinstance(heldout, Iterator):
         raise CalibrationError(
             "heldout", found="the iterator that calibration reads, too", expected="other batches, or None",
             do="leave heldout out: every fourth calibration batch is then kept apart",
         )  # fmt: skip
-    if progress is not None and not all(hasattr(progress, name) for name in ("stage", "note", "each")):
+
+
+def require_options(options: Options) -> None:
+    """Refuse options of another type, before any long work.
+
+    Raises:
+        PacklightError, RecipeError: name the argument.
+    """
+    if options.progress is not None and not all(hasattr(options.progress, name) for name in ("stage", "note", "each")):
         raise PacklightError(
-            "progress", found=_kind(progress), expected="an object with stage(), note() and each(), or None"
+            "progress", found=_kind(options.progress), expected="an object with stage(), note() and each(), or None"
         )
-    if evaluate is not None and not callable(evaluate):
-        raise RecipeError("evaluate", found=_kind(evaluate), expected="a function run -> {metric: value}")
-    if workers is not None and not isinstance(workers, str):
-        raise PacklightError("workers", found=repr(workers), expected='"local:N", or "tcp://host:port"')
-    if costs is not None and not (isinstance(costs, str | os.PathLike) and Path(costs).is_file()):
-        raise RecipeError("costs", found=repr(costs), expected="the path of another export's costs.json")
-    whole = hasattr(max_evaluations, "__index__") and not isinstance(max_evaluations, bool)
-    if max_evaluations is not None and not (whole and max_evaluations >= 0):
-        raise PacklightError("max_evaluations", found=repr(max_evaluations), expected="0 or more, as an int")
-    number = isinstance(max_minutes, int | float) and not isinstance(max_minutes, bool)
-    if max_minutes is not None and not (number and math.isfinite(max_minutes) and max_minutes >= 0):
-        raise PacklightError("max_minutes", found=repr(max_minutes), expected="a number of 0 or more")
+    if options.evaluate is not None and not callable(options.evaluate):
+        raise RecipeError("evaluate", found=_kind(options.evaluate), expected="a function run -> {metric: value}")
+    if options.workers is not None and not isinstance(options.workers, str):
+        raise PacklightError("workers", found=repr(options.workers), expected='"local:N", or "tcp://host:port"')
+    if options.costs is not None and not (
+        isinstance(options.costs, str | os.PathLike) and Path(options.costs).is_file()
+    ):
+        raise RecipeError("costs", found=repr(options.costs), expected="the path of another export's costs.json")
+    whole = hasattr(options.max_evaluations, "__index__") and not isinstance(options.max_evaluations, bool)
+    if options.max_evaluations is not None and not (whole and options.max_evaluations >= 0):
+        raise PacklightError("max_evaluations", found=repr(options.max_evaluations), expected="0 or more, as an int")
+    number = isinstance(options.max_minutes, int | float) and not isinstance(options.max_minutes, bool)
+    if options.max_minutes is not None and not (
+        number and math.isfinite(options.max_minutes) and options.max_minutes >= 0
+    ):
+        raise PacklightError("max_minutes", found=repr(options.max_minutes), expected="a number of 0 or more")
 
 
 def _module(module: torch.nn.Module, calibration: Any) -> Meant:

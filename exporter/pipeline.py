@@ -43,6 +43,7 @@ from exporter import recipe as recipes
 from exporter.batches import Batch
 from exporter.budget import Evaluate
 from exporter.cluster import Cluster
+from exporter.meant import Options
 from exporter.numerics.formats import FLOAT
 from exporter.place import Plan
 from exporter.prepare import kept
@@ -95,19 +96,27 @@ def export(
     tell = progress or Silent()
     place_of_it = bundle.require_place(out)
     recipe = meant.recipe(recipe)
-    meant.require_settings(heldout, calibration, progress, workers, evaluate, costs, max_evaluations, max_minutes)
-    evaluate = None if evaluate is None else optional.callers(evaluate)
-    caps = search.Caps(
-        costs=None if costs is None else Path(costs), max_evaluations=max_evaluations, max_minutes=max_minutes
-    )
+    options = Options(
+        ort=ort, skip_bad=skip_bad, progress=progress, workers=workers, evaluate=evaluate, costs=costs,
+        max_evaluations=max_evaluations, max_minutes=max_minutes,
+    )  # fmt: skip
+    meant.require_apart(heldout, calibration)
+    meant.require_options(options)
     with contextlib.nullcontext() if workers is None else cluster.connect(workers, tell.note) as there:
-        return _export(source, recipe, calibration, heldout, place_of_it, ort, skip_bad, tell, there, evaluate, caps)
+        return _export(source, recipe, calibration, heldout, place_of_it, options, there)
 
 
 def _export(
-    given: Any, recipe: Recipe, calibration: Any, heldout: Any, out: Path, ort: bool, skip_bad: bool,
-    tell: Progress, there: Cluster | None, evaluate: Evaluate | None, caps: search.Caps,
-) -> Report:  # fmt: skip
+    given: Any, recipe: Recipe, calibration: Any, heldout: Any, out: Path, options: Options, there: Cluster | None
+) -> Report:
+    ort, skip_bad = options.ort, options.skip_bad
+    tell = options.progress or Silent()
+    evaluate = None if options.evaluate is None else optional.callers(options.evaluate)
+    caps = search.Caps(
+        costs=None if options.costs is None else Path(options.costs),
+        max_evaluations=options.max_evaluations,
+        max_minutes=options.max_minutes,
+    )
     asked = recipes.data(recipe)
     data.require(calibration, "calibration", asked)
     if heldout is not None:
@@ -245,25 +254,27 @@ def _export(
         "look at held-out values": watch.untried or judged.why,
         "what accelerators take": models.unjudged,
     }
-    made = report.make(
-        source,
-        (*taken.notes, *split.notes),
-        recipe,
-        traced,
-        prepared,
-        split,
-        left_out,
-        plan,
-        found,
-        enough,
-        corrected,
-        better,
-        shrunk.value,
-        recorded,
-        models,
-        {step: why for step, why in untried.items() if why},
-        "; ".join(filter(None, (from_file.sentence, from_int8.sentence))),
+    work = report.Work(
+        name=source.name,
+        notes=(*taken.notes, *split.notes),
+        recipe=recipe,
+        target=cpu,
+        traced=traced,
+        prepared=prepared,
+        split=split,
+        skipped=left_out,
+        plan=plan,
+        collected=found,
+        enough=enough,
+        corrected=corrected,
+        better=better,
+        shrunk=shrunk.value,
+        recorded=recorded,
+        models=models,
+        untried={step: why for step, why in untried.items() if why},
+        kept="; ".join(filter(None, (from_file.sentence, from_int8.sentence))),
     )
+    made = report.make(work)
 
     tell.stage("write the bundle, load it, time it")
     timed: Report | None = None
@@ -275,9 +286,7 @@ def _export(
         lasting = report.lasting(made, timed)
         return replace(complete, verdict=report.verdict(lasting, recorded)), report.pages(lasting, plan)
 
-    files = report.files(recipe, plan, corrected.ranges, better.costs, models)
-    about = report.manifest(made, recipe, prepared, cpu, corrected, recorded)
-    bundle.write(out, about, recorded.probes, files, judge)
+    bundle.write(out, report.manifest(made, work), recorded.probes, report.files(work), judge)
     assert timed is not None
     return timed
 

@@ -2,5 +2,18 @@
 
 from exporter.report.make import files, lasting, make, manifest, pages, timed, verdict
 from exporter.report.value import FloatLayer, KernelCount, Report
+from exporter.report.work import Work
 
-__all__ = ["FloatLayer", "KernelCount", "Report", "files", "lasting", "make", "manifest", "pages", "timed", "verdict"]
+__all__ = [
+    "FloatLayer",
+    "KernelCount",
+    "Report",
+    "Work",
+    "files",
+    "lasting",
+    "make",
+    "manifest",
+    "pages",
+    "timed",
+    "verdict",
+]

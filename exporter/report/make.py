@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,23 +15,16 @@ import onnxruntime
 from exporter import data, graph, optional, weights
 from exporter import recipe as recipes
 from exporter.budget import Drop, Evaluate, metrics
-from exporter.bundle import Models, Recorded
-from exporter.calibrate import Ranges
+from exporter.bundle import Recorded
 from exporter.calibrate.enough import Enough
-from exporter.collect import Collected
 from exporter.correct import Corrected
 from exporter.place import Plan
 from exporter.prepare import Prepared
 from exporter.recipe import Recipe
 from exporter.report import html
 from exporter.report.value import FloatLayer, KernelCount, Node, Report, Searched, Took
+from exporter.report.work import Work
 from exporter.search import Found, Improved
-from exporter.search.costs import Costs
-from exporter.shrink import Shrunk
-from exporter.source import Source
-from exporter.split import Split
-from exporter.target import Target
-from exporter.trace import Traced
 from runtime import cpu, gate, memory
 from runtime import manifest as manifests
 from runtime.bench import CPU_SECONDS, Timing, measure
@@ -53,96 +46,76 @@ LEAST_SPEEDUP, LEAST_MS = 0.95, 0.2
 FAR_BELOW_DB = 10.0  # of what the same plan reached on calibration data: ten times the error
 
 
-def make(
-    source: Source,
-    notes: tuple[str, ...],
-    recipe: Recipe,
-    traced: Traced,
-    prepared: Prepared,
-    split: Split,
-    skipped: tuple[str, ...],
-    plan: Plan,
-    collected: Collected,
-    enough: Enough,
-    corrected: Corrected,
-    better: Improved,
-    shrunk: Shrunk,
-    recorded: Recorded,
-    models: Models,
-    untried: Mapping[str, str],
-    kept: str = "",
-) -> Report:
+def make(work: Work) -> Report:
     """The report, without what only a machine and a moment can tell."""
-    ort_bytes = len(models.phone.ort) if models.phone is not None else None
-    ships = max(weights.size(models.int8), ort_bytes or 0)  # a device may take either
-    on_a_device = replace(_budget(recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
-    asked = gate.limits(on_a_device, recorded.drift, recorded.kernels.integer_macs, ships, None)
-    promised_db = min(recorded.promised_db, recipe.search.aim_snr_db)
-    lines = (*asked, *_unvaried(split.alike), *_uncovered(enough, recorded.drift, promised_db))
+    ort_bytes = len(work.models.phone.ort) if work.models.phone is not None else None
+    ships = max(weights.size(work.models.int8), ort_bytes or 0)  # a device may take either
+    on_a_device = replace(_budget(work.recipe), max_ram_bytes=None)  # measured when the bundle is there, by timed()
+    asked = gate.limits(on_a_device, work.recorded.drift, work.recorded.kernels.integer_macs, ships, None)
+    promised_db = min(work.recorded.promised_db, work.recipe.search.aim_snr_db)
+    lines = (*asked, *_unvaried(work.split.alike), *_uncovered(work.enough, work.recorded.drift, promised_db))
     return Report(
-        name=source.name,
-        recipe=recipe.name,
-        target=recipe.target,
-        traced_by=traced.exporter,
-        proved=traced.sizes,
-        notes=(*notes, *traced.notes, *_beside_given(prepared)),
-        rewrites=prepared.rewrites,
-        calibration_batches=collected.ranges.batches,
-        skipped=skipped,
-        ranges_by=collected.ranges.method,
-        enough=enough.sentence,
-        coverage=enough.coverage,
-        coverage_batches=enough.batches,
-        random_data=split.random,
-        repeated_batches=split.repeated,
-        overlapping=split.overlapping,
-        int8_nodes=len(plan.int8),
-        dynamic_nodes=len(plan.dynamic),
-        float_nodes=len(plan.decisions) - len(plan.int8) - len(plan.dynamic),
-        float_layers=(*_planned_float(plan), *_ran_float(plan, recorded.kernels.kernels)),
-        corrections=corrected.corrections,
-        untried=untried,
-        search=_searched(recipe, better),
-        stored=shrunk.stored,
-        kernels=_count(recorded.kernels.kernels),
-        nodes=tuple(_nodes(plan, recorded.kernels.kernels)),
-        integer_macs=recorded.kernels.integer_macs,
-        macs=recorded.kernels.macs,
-        drift=recorded.drift,
-        fp32_bytes=weights.size(models.fp32),
-        int8_bytes=weights.size(models.int8),
+        name=work.name,
+        recipe=work.recipe.name,
+        target=work.recipe.target,
+        traced_by=work.traced.exporter,
+        proved=work.traced.sizes,
+        notes=(*work.notes, *work.traced.notes, *_beside_given(work.prepared)),
+        rewrites=work.prepared.rewrites,
+        calibration_batches=work.collected.ranges.batches,
+        skipped=work.skipped,
+        ranges_by=work.collected.ranges.method,
+        enough=work.enough.sentence,
+        coverage=work.enough.coverage,
+        coverage_batches=work.enough.batches,
+        random_data=work.split.random,
+        repeated_batches=work.split.repeated,
+        overlapping=work.split.overlapping,
+        int8_nodes=len(work.plan.int8),
+        dynamic_nodes=len(work.plan.dynamic),
+        float_nodes=len(work.plan.decisions) - len(work.plan.int8) - len(work.plan.dynamic),
+        float_layers=(*_planned_float(work.plan), *_ran_float(work.plan, work.recorded.kernels.kernels)),
+        corrections=work.corrected.corrections,
+        untried=work.untried,
+        search=_searched(work.recipe, work.better),
+        stored=work.shrunk.stored,
+        kernels=_count(work.recorded.kernels.kernels),
+        nodes=tuple(_nodes(work.plan, work.recorded.kernels.kernels)),
+        integer_macs=work.recorded.kernels.integer_macs,
+        macs=work.recorded.kernels.macs,
+        drift=work.recorded.drift,
+        fp32_bytes=weights.size(work.models.fp32),
+        int8_bytes=weights.size(work.models.int8),
         ort_bytes=ort_bytes,
-        ort_integer_macs=models.proof.ort_integer_macs if models.proof is not None else None,
-        ort_batches=models.proof.batches if models.proof is not None else None,
-        mobile=models.mobile,
+        ort_integer_macs=work.models.proof.ort_integer_macs if work.models.proof is not None else None,
+        ort_batches=work.models.proof.batches if work.models.proof is not None else None,
+        mobile=work.models.mobile,
         met=all(line.met for line in lines),
         lines=lines,
         ram_bytes=None,
         timing=None,
         search_took=None,
         scores={},
-        kept=kept,
+        kept=work.kept,
     )
 
 
-def manifest(
-    report: Report, recipe: Recipe, prepared: Prepared, target: Target, corrected: Corrected, recorded: Recorded
-) -> Manifest:
+def manifest(report: Report, work: Work) -> Manifest:
     """The manifest, but for `files` and `verdict`."""
-    shipped = {output.name for output in prepared.reference.graph.outputs}
+    shipped = {output.name for output in work.prepared.reference.graph.outputs}
     return Manifest(
         name=report.name,
-        target=target.name,
-        inputs=graph.inputs(prepared.reference),
-        outputs=graph.outputs(prepared.reference),
+        target=work.target.name,
+        inputs=graph.inputs(work.prepared.reference),
+        outputs=graph.outputs(work.prepared.reference),
         files={},
-        pair_rule=corrected.pair_rule,
-        exact_on=_exact_on(corrected, recorded),
+        pair_rule=work.corrected.pair_rule,
+        exact_on=_exact_on(work.corrected, work.recorded),
         recorded_on=Machine(machine=cpu.machine(), flags=cpu.flags()),
-        session=target.session,
-        budget=_budget(recipe),
-        judged={output.name: _judged(output) for output in recorded.drift.outputs if output.name in shipped},
-        preprocessing=data.preprocessing(recipes.data(recipe), graph.inputs(prepared.reference)),
+        session=work.target.session,
+        budget=_budget(work.recipe),
+        judged={output.name: _judged(output) for output in work.recorded.drift.outputs if output.name in shipped},
+        preprocessing=data.preprocessing(recipes.data(work.recipe), graph.inputs(work.prepared.reference)),
         versions=versions(),
     )
 
@@ -219,18 +192,19 @@ def _exact_on(corrected: Corrected, recorded: Recorded) -> tuple[str, ...]:
     return (here,) if recorded.exact and (corrected.pair_rule or here != "x86_64") else ()
 
 
-def files(recipe: Recipe, plan: Plan, ranges: Ranges, costs: Costs, models: Models) -> dict[str, bytes]:
+def files(work: Work) -> dict[str, bytes]:
     """{file: content} of a bundle, but for probe.npz, manifest.json and the report."""
+    models = work.models
     phone = models.phone
     for_phones = {} if phone is None else {manifests.ORT: phone.ort, manifests.OPERATORS: phone.operators.encode()}
     return {
         manifests.FP32: models.fp32,
         manifests.INT8: models.int8,
         **for_phones,
-        "recipe.toml": recipe.toml.encode(),
-        "plan.txt": plan.to_text().encode(),
-        "ranges.json": ranges.to_json().encode(),
-        "costs.json": costs.to_json().encode(),
+        "recipe.toml": work.recipe.toml.encode(),
+        "plan.txt": work.plan.to_text().encode(),
+        "ranges.json": work.corrected.ranges.to_json().encode(),
+        "costs.json": work.better.costs.to_json().encode(),
     }
 
 
