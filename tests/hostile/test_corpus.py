@@ -21,7 +21,7 @@ from tests.hostile.corpus import Case, cases
 from tests.runtime import models, test_npz
 
 SECONDS, BYTES = 10, 512_000_000
-FUZZ_SECONDS = int(os.environ.get("PACKLIGHT_FUZZ_SECONDS", "600"))
+FUZZ_SECONDS = int(os.environ.get("PACKLIGHT_FUZZ_SECONDS", "60"))
 
 
 class TookTooLong(BaseException):
