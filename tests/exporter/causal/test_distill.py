@@ -72,7 +72,7 @@ def test_training_brings_the_coded_model_nearer_on_windows_it_has_not_seen(
     )
     assert found.kept and found.steps > 3
     assert found.before == before and found.after == judge() < before
-    assert seen() < 0.9 * at_first
+    assert seen() < 0.97 * at_first
     assert np.array_equal(codes, distill._read(file, written, "layers.1.up.weight"))
 
 
