@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -54,6 +57,10 @@ def test_coded_model_is_the_graphs(name: str, tmp_path: Path) -> None:
 def test_training_brings_the_coded_model_nearer_on_windows_it_has_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By a clock of its own, so that the steps are 40 however busy the machine is."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: 0.1 * next(ticks), perf_counter=time.perf_counter)
+    monkeypatch.setattr(distill, "time", clock)
     monkeypatch.setattr(distill, "TOKENS", 128)
     folder = tiny.saved("qwen3")
     decoder, written, file = made(folder, tmp_path, SCHEME)
@@ -70,9 +77,9 @@ def test_training_brings_the_coded_model_nearer_on_windows_it_has_not_seen(
     found = distill.improve(
         proof.reference(folder), decoder, (file, written), (WINDOWS[:20], 8.0), (teacher, judge), Silent()
     )
-    assert found.kept and found.steps > 3
+    assert found.kept and found.steps == 40
     assert found.before == before and found.after == judge() < before
-    assert seen() < 0.97 * at_first
+    assert seen() < 0.9 * at_first
     assert np.array_equal(codes, distill._read(file, written, "layers.1.up.weight"))
 
 
