@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from runtime.strict import is_int, table
 
 if TYPE_CHECKING:
     from runtime.preprocess import Place
@@ -85,8 +86,8 @@ def read(value: object, at: Place) -> Exported | None:
     """
     if value is None:
         return None
-    table = _table(value, at, Exported)
-    lines, outputs, probe, hardest = (table[name] for name in ("lines", "outputs", "probe", "hardest"))
+    given = table(value, at, Exported)
+    lines, outputs, probe, hardest = (given[name] for name in ("lines", "outputs", "probe", "hardest"))
     if not isinstance(lines, list):
         at.key("lines").refuse(found=str(lines)[:40], expected="a list")
     if not isinstance(outputs, dict):
@@ -95,13 +96,13 @@ def read(value: object, at: Place) -> Exported | None:
         at.key("probe").refuse(found=str(probe)[:40], expected="a list of numbers of batches")
     if hardest is not None and not _is_count(hardest):
         at.key("hardest").refuse(found=str(hardest)[:40], expected="the number of a batch or null")
-    if not _is_count(batches := table["batches"]):
+    if not _is_count(batches := given["batches"]):
         at.key("batches").refuse(found=str(batches)[:40], expected="an integer >= 0")
     limits = tuple(_limit(each, at.key(f"lines[{number}]")) for number, each in enumerate(lines))
-    if table["met"] is not all(limit.met for limit in limits):
-        at.key("met").refuse(found=str(table["met"])[:40], expected="true where every line is met, else false")
+    if given["met"] is not all(limit.met for limit in limits):
+        at.key("met").refuse(found=str(given["met"])[:40], expected="true where every line is met, else false")
     return Exported(
-        met=bool(table["met"]),
+        met=bool(given["met"]),
         lines=limits,
         batches=batches,
         outputs=MappingProxyType({name: _measured(each, at.key(f"outputs.{name}")) for name, each in outputs.items()}),
@@ -111,25 +112,25 @@ def read(value: object, at: Place) -> Exported | None:
 
 
 def _limit(value: object, at: Place) -> Line:
-    table = _table(value, at, Line)
+    given = table(value, at, Line)
     for name, kind, expected in (("what", str, "a text"), ("cause", str, "a text"), ("met", bool, "true or false")):
-        if not isinstance(table[name], kind):
-            at.key(name).refuse(found=str(table[name])[:40], expected=expected)
-    found, limit = (_number(table[name], at.key(name)) for name in ("found", "limit"))
+        if not isinstance(given[name], kind):
+            at.key(name).refuse(found=str(given[name])[:40], expected=expected)
+    found, limit = (_number(given[name], at.key(name)) for name in ("found", "limit"))
     if limit is None:
         at.key("limit").refuse(found="null", expected="a number")
-    return Line(what=table["what"], found=found, limit=limit, met=table["met"], cause=table["cause"])
+    return Line(what=given["what"], found=found, limit=limit, met=given["met"], cause=given["cause"])
 
 
 def _measured(value: object, at: Place) -> Measured:
-    table = _table(value, at, Measured)
-    if not _is_count(table["elements"]):
-        at.key("elements").refuse(found=str(table["elements"])[:40], expected="an integer >= 0")
-    numbers: dict[str, Any] = {name: _number(each, at.key(name)) for name, each in table.items() if name != "elements"}
+    given = table(value, at, Measured)
+    if not _is_count(given["elements"]):
+        at.key("elements").refuse(found=str(given["elements"])[:40], expected="an integer >= 0")
+    numbers: dict[str, Any] = {name: _number(each, at.key(name)) for name, each in given.items() if name != "elements"}
     for name in ("snr_db", "varying_db", "cosine", "max_abs"):
         if numbers[name] is None:
             at.key(name).refuse(found="null", expected="a number")
-    return Measured(**numbers, elements=table["elements"])
+    return Measured(**numbers, elements=given["elements"])
 
 
 def _number(value: object, at: Place) -> float | None:
@@ -143,12 +144,4 @@ def _number(value: object, at: Place) -> float | None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
-
-
-def _table(value: object, at: Place, kind: type) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(kind)]
-    if not isinstance(value, dict) or set(value) != set(names):
-        found = ", ".join(map(str, value)) if isinstance(value, dict) else str(value)
-        at.refuse(found=found[:40] or "nothing", expected=f"an object with {', '.join(names)}")
-    return value
+    return is_int(value) and 0 <= value < 1 << 53

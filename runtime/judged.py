@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
+
+from runtime.strict import is_int, table
 
 if TYPE_CHECKING:
     from runtime.preprocess import Place
@@ -47,56 +48,44 @@ def read(value: object, at: Place) -> Judged:
     Raises:
         BundleError: an unknown or missing key, a wrong type or value.
     """
-    table = _table(value, at, Judged)
-    by, parts = table["by"], table["parts"]
+    given = table(value, at, Judged)
+    by, parts = given["by"], given["parts"]
     if by not in BY or not isinstance(by, str):
         at.key("by").refuse(found=str(by)[:40], expected=f"one of {', '.join(BY)}")
-    if not isinstance(batched := table["batched"], bool):
+    if not isinstance(batched := given["batched"], bool):
         at.key("batched").refuse(found=str(batched)[:40], expected="true or false")
     if not isinstance(parts, list):
         at.key("parts").refuse(found=str(parts)[:40], expected="a list")
     return Judged(
         by=by,
-        axis=_axis(table["axis"], at.key("axis")),
+        axis=_axis(given["axis"], at.key("axis")),
         batched=batched,
         parts=tuple(_part(each, at.key(f"parts[{number}]")) for number, each in enumerate(parts)),
     )
 
 
 def _part(value: object, at: Place) -> Part:
-    table = _table(value, at, Part)
-    axis, runs, varying = table["axis"], table["runs"], table["varying_rms"]
+    given = table(value, at, Part)
+    axis, runs, varying = given["axis"], given["runs"], given["varying_rms"]
     if not isinstance(runs, list) or bool(runs) == (axis is None):
         at.key("runs").refuse(found=str(runs)[:40], expected="a list, empty where axis is null and only there")
     is_number = isinstance(varying, (int, float)) and not isinstance(varying, bool)
-    if varying is not None and not (is_number and 0 <= varying < math.inf):  # type: ignore[operator]
+    if varying is not None and not (is_number and 0 <= varying < math.inf):
         at.key("varying_rms").refuse(found=str(varying)[:40], expected="a number >= 0 or null")
     return Part(
         axis=None if axis is None else _axis(axis, at.key("axis")),
         runs=tuple(_run(each, at.key(f"runs[{number}]")) for number, each in enumerate(runs)),
-        varying_rms=None if varying is None else float(varying),  # type: ignore[arg-type]
+        varying_rms=None if varying is None else float(varying),
     )
 
 
 def _axis(value: object, at: Place) -> int:
-    if not _is_int(value) or not 0 <= value < MOST_AXES:
+    if not is_int(value) or not 0 <= value < MOST_AXES:
         at.refuse(found=str(value)[:40], expected=f"an axis, 0..{MOST_AXES - 1}")
     return value
 
 
 def _run(value: object, at: Place) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_int, value)) or not 0 <= value[0] < value[1]:
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_int, value)) or not 0 <= value[0] < value[1]:
         at.refuse(found=str(value)[:40], expected="[start, stop] with 0 <= start < stop")
     return value[0], value[1]
-
-
-def _table(value: object, at: Place, kind: type) -> dict[str, object]:
-    names = [field.name for field in dataclasses.fields(kind)]
-    if not isinstance(value, dict) or set(value) != set(names):
-        found = ", ".join(map(str, value)) if isinstance(value, dict) else str(value)
-        at.refuse(found=found[:40] or "nothing", expected=f"an object with {', '.join(names)}")
-    return value
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from runtime import strict
 from runtime.errors import BundleError
@@ -227,7 +227,7 @@ T = TypeVar("T")
 
 
 def _manifest(value: object, at: _Place) -> Manifest:
-    if isinstance(value, dict) and _is_int(value.get("format")) and value["format"] > FORMAT:
+    if isinstance(value, dict) and strict.is_int(value.get("format")) and value["format"] > FORMAT:
         at.key("format").refuse(
             found=str(value["format"]),
             expected=f"{FORMAT} or less",
@@ -284,7 +284,7 @@ def _mapping(value: object, at: _Place, read: Callable[[object, _Place], T]) -> 
 
 
 def _format(value: object, at: _Place) -> int:
-    if not _is_int(value) or value not in READABLE:
+    if not strict.is_int(value) or value not in READABLE:
         at.refuse(found=str(value), expected=" or ".join(map(str, READABLE)))
     return value
 
@@ -335,7 +335,7 @@ def _tensor(value: object, at: _Place) -> Tensor:
 
 
 def _dimension(value: object, at: _Place) -> int | str:
-    if (_is_int(value) and 0 <= value < 2**63) or (isinstance(value, str) and value):
+    if (strict.is_int(value) and 0 <= value < 2**63) or (isinstance(value, str) and value):
         return value
     import json
 
@@ -377,7 +377,7 @@ def _file(value: object, at: _Place) -> File:
     sha256, size = table["sha256"], table["size_bytes"]
     if not isinstance(sha256, str) or not re.fullmatch(HEX, sha256):
         at.key("sha256").refuse(found=_kind(sha256), expected="64 lower-case hexadecimal digits")
-    if not _is_int(size) or size < 0:
+    if not strict.is_int(size) or size < 0:
         at.key("size_bytes").refuse(found=_kind(size), expected="an integer >= 0")
     return File(sha256=sha256, size_bytes=size)
 
@@ -410,13 +410,9 @@ def _limit(value: object, at: _Place) -> float | None:
 
 
 def _bytes(value: object, at: _Place) -> int | None:
-    if value is None or (_is_int(value) and 1 <= value < 2**63):
+    if value is None or (strict.is_int(value) and 1 <= value < 2**63):
         return value
     at.refuse(found=_kind(value), expected="a whole number of bytes >= 1, or null")
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _kind(value: object) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from runtime.preprocess import Place
 
 DIGITS = 19  # of a whole number: more than any size in bytes has
 DEPTH = 32  # of objects and lists within each other
@@ -33,6 +37,20 @@ def parse(text: str, where: str) -> object:
         found = "too many objects within each other" if isinstance(error, RecursionError) else str(error)[:120]
         raise BundleError(f"{where}: not strict JSON", path=where, found=found, do="export the bundle again") from error
     return root
+
+
+def table(value: object, at: Place, kind: type) -> dict[str, Any]:
+    """The value as an object with exactly the keys of dataclass `kind`, or the place's refusal."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if not isinstance(value, dict) or set(value) != set(names):
+        found = ", ".join(map(str, value)) if isinstance(value, dict) else str(value)
+        at.refuse(found=found[:40] or "nothing", expected=f"an object with {', '.join(names)}")
+    return value
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
